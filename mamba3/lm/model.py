@@ -1,0 +1,279 @@
+"""The language model (mathematics.md, section 8).
+
+h += mixer(RMSNorm(h));  h += mlp(RMSNorm(h));  ...;  logits = head(RMSNorm(h)),  head tied to the embedding
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from mamba3.lm import generate as generation
+from mamba3.lm.config import Mamba3Config
+from mamba3.lm.state import LayerState, LMState
+from mamba3.nn import Attention, GatedMLP, Mamba3, RMSNorm, init
+from mamba3.ops.state_file import replace_file
+from mamba3.ops.types import wide_dtype
+from mamba3.ops.validation import check_cu_seqlens
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+FINGERPRINT_SAMPLES = 64
+
+
+class Block(nn.Module):
+    """One mixer and, unless d_intermediate is 0, one MLP, each behind its norm and added to the residual stream."""
+
+    def __init__(self, config: Mamba3Config, kind: str, device=None, dtype=None):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.norm = RMSNorm(config.d_model, config.norm_eps, **factory)
+        if kind == "attention":
+            assert config.attn_heads is not None
+            self.mixer: Mamba3 | Attention = Attention(
+                config.d_model, config.attn_heads, config.attn_kv_heads, config.attn_head_dim,
+                qkv_bias=config.attn_qkv_bias, out_bias=config.attn_out_bias, **factory,
+            )  # fmt: skip
+        else:
+            self.mixer = Mamba3(
+                config.d_model, config.d_state, config.expand, config.headdim, config.ngroups,
+                mimo_rank=config.mimo_rank, rope_fraction=config.rope_fraction, decay=config.decay,
+                out_norm=config.out_norm, lam=config.lam, rotation=config.rotation, B_bias=config.B_bias,
+                C_bias=config.C_bias, bc_bias_trainable=config.bc_bias_trainable, d_conv=config.d_conv,
+                A_floor=config.A_floor, dt_min=config.dt_min, dt_max=config.dt_max, dt_init_floor=config.dt_init_floor,
+                mimo=config.mimo, **factory,
+            )  # fmt: skip
+        self.norm2, self.mlp = None, None
+        if config.d_intermediate:
+            self.norm2 = RMSNorm(config.d_model, config.norm_eps, **factory)
+            self.mlp = GatedMLP(config.d_model, config.d_intermediate, **factory)
+
+    def run(self, h: Tensor, mix: Callable[[Tensor], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+        """The block with one of the mixer's verbs in the middle: (h, what the verb returned beside y)."""
+        dtype = self.mixer.in_proj.weight.dtype
+        y, extra = mix(self.norm(h, dtype))
+        h = h + y
+        if self.mlp is not None and self.norm2 is not None:
+            h = h + self.mlp(self.norm2(h, dtype))
+        return h, extra
+
+
+class Mamba3LM(nn.Module):
+    """A Mamba-3 language model; tokens [b, t] to logits [b, t, padded_vocab_size].
+
+    Three verbs: `forward` (training), `prefill` (any number of tokens from any state), `step` (one token, in place).
+    """
+
+    def __init__(
+        self, config: Mamba3Config, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        self.config = config
+        factory = {"device": device, "dtype": dtype}
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **factory)
+        self.layers = nn.ModuleList(Block(config, kind, **factory) for kind in config.layers)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps, **factory)
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False, **factory)
+        self._fingerprint: tuple[Any, str] | None = None
+        self._initialize()
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        residuals = len(self.config.layers) * (2 if self.config.d_intermediate else 1)
+        for block in self.layers:
+            assert isinstance(block, Block)
+            init.residual_(block.mixer.out_proj, residuals)
+            if block.mlp is not None:
+                init.residual_(block.mlp.fc2, residuals)
+
+    # -- the three verbs
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor | list[int] | None = None) -> Tensor:
+        """Logits [b, t, padded_vocab_size] of every token's successor. cu_seqlens: b = 1, packed documents."""
+        return self.head(self.hidden(input_ids, cu_seqlens))
+
+    def hidden(self, input_ids: Tensor, cu_seqlens: Tensor | list[int] | None = None) -> Tensor:
+        """What the head reads: [b, t, d_model], normalised."""
+        boundaries = self._boundaries(input_ids, cu_seqlens)
+        h = self._embed(input_ids, 2)
+        for block in self.layers:
+            h, _ = block.run(h, lambda u, block=block: (block.mixer(u, boundaries), None))
+        return self.norm_f(h, self.embedding.weight.dtype)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits from what `hidden` returned."""
+        return F.linear(hidden, self.embedding.weight if self.lm_head is None else self.lm_head.weight)
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        state: LMState | None = None,
+        cu_seqlens: Tensor | list[int] | None = None,
+        *,
+        last_only: bool = False,
+    ) -> tuple[Tensor, LMState]:
+        """Read tokens from any state: (logits [b, t, v], the state after each sequence). The given state is not changed.
+
+        last_only: logits of each sequence's last token alone, [b, 1, v] (or [s, 1, v] for a pack).
+        """
+        boundaries = self._boundaries(input_ids, cu_seqlens)
+        counts = [input_ids.shape[1]] * input_ids.shape[0]
+        if boundaries is not None:
+            counts = [b - a for a, b in zip(boundaries, boundaries[1:], strict=False)]
+        state = self.init_state(len(counts)) if state is None else state
+        self._check_state(state, len(counts))
+        h, layers = self._embed(input_ids, 2), []
+        for block, layer in zip(self.layers, state.layers, strict=True):
+            h, layer = block.run(h, lambda u, m=block.mixer, s=layer: m.prefill(u, s, boundaries))
+            layers.append(layer)
+        if last_only:
+            h = h[:, -1:] if boundaries is None else h[0, [b - 1 for b in boundaries[1:]]].unsqueeze(1)
+        tokens = state.tokens + torch.tensor(counts, device=state.tokens.device)
+        return self.head(self.norm_f(h, self.embedding.weight.dtype)), LMState(layers, tokens, state.fingerprint)
+
+    def step(self, input_ids: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+        """Read one token a sequence, [b]: (logits [b, v], state).
+
+        The given state is updated in place and returned. While gradients are recorded it is left alone, and a new one
+        is returned.
+        """
+        self._check_state(state, input_ids.shape[0])
+        h, layers = self._embed(input_ids, 1), []
+        for block, layer in zip(self.layers, state.layers, strict=True):
+            h, layer = block.run(h, lambda u, m=block.mixer, s=layer: m.step(u, s))
+            layers.append(layer)
+        logits = self.head(self.norm_f(h, self.embedding.weight.dtype))
+        if torch.is_grad_enabled():
+            return logits, LMState(layers, state.tokens + 1, state.fingerprint)
+        state.layers, state.tokens = layers, state.tokens.add_(1)
+        return logits, state
+
+    def init_state(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LMState:
+        """The state before the first token."""
+        layers: list[LayerState] = [block.mixer.init_state(batch_size, device, dtype) for block in self.layers]
+        tokens = torch.zeros(batch_size, dtype=torch.int64, device=device or self.embedding.weight.device)
+        return LMState(layers, tokens, None if torch.compiler.is_compiling() else self.fingerprint())
+
+    def generate(self, input_ids: Tensor, **settings: Any) -> generation.Generation:
+        """Continue prompts; the settings and their meaning are those of `mamba3.lm.generate.generate`."""
+        return generation.generate(self, input_ids, **settings)
+
+    # -- parameters and files
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def fingerprint(self) -> str:
+        """A short name for these weights: a hash of the configuration and of samples of every parameter."""
+        parameters = dict(self.named_parameters())
+        key = tuple((p.data_ptr(), p._version) for p in parameters.values() if not p.is_meta)
+        if self._fingerprint is None or self._fingerprint[0] != key:
+            digest = hashlib.sha256(self.config.to_json().encode())
+            samples = []
+            for p in parameters.values():
+                flat = p.detach().reshape(-1)
+                samples.append(flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].double())
+            if samples and not samples[0].is_meta:
+                digest.update(torch.cat(samples).cpu().numpy().tobytes())
+            self._fingerprint = (key, digest.hexdigest()[:16])
+        return self._fingerprint[1]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, each atomically; the folder is made if it is missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        replace_file(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+        replace_file(folder / CONFIG_FILE, self.config.to_json().encode())
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Mamba3LM:
+        """Load what `save_pretrained` wrote, in the dtype of the file unless told.
+
+        Raises ValueError when a file is missing, damaged, of another model, or holds NaN.
+        """
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} is not a saved Mamba3LM: it has no {name}.")
+        config = Mamba3Config.from_json((folder / CONFIG_FILE).read_text())
+        try:
+            weights = load_file(folder / WEIGHTS_FILE, device="cpu")
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or truncated: {error}.") from error
+        return cls.from_weights(config, weights, device=device, dtype=dtype, source=str(folder))
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: Mamba3Config,
+        weights: dict[str, Tensor],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        source: str = "the weights",
+    ) -> Mamba3LM:
+        """A model from a state dict under our names. ValueError names missing, unknown, misshapen and NaN tensors."""
+        if "embedding.weight" in weights:
+            dtype = dtype or weights["embedding.weight"].dtype
+        with torch.device("meta"):
+            model = cls(config, dtype=dtype)
+        expected = model.state_dict()
+        check_weights(expected, weights, source)
+        model = model.to_empty(device=device or "cpu")
+        model.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()})
+        return model
+
+    # -- checks
+
+    def _boundaries(self, input_ids: Tensor, cu_seqlens: Tensor | list[int] | None) -> list[int] | None:
+        if cu_seqlens is None:
+            return None
+        return check_cu_seqlens(cu_seqlens, input_ids.shape[0], input_ids.shape[-1])
+
+    def _embed(self, input_ids: Tensor, dimensions: int) -> Tensor:
+        letters = "[b, t]" if dimensions == 2 else "[b]"
+        if input_ids.ndim != dimensions or input_ids.is_floating_point() or input_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids must be integers {letters}, at least one; they came as {input_ids.dtype} of shape "
+                f"{tuple(input_ids.shape)}."
+            )
+        h = self.embedding(input_ids)
+        return h.to(wide_dtype(h.dtype)) if self.config.residual_in_fp32 else h
+
+    def _check_state(self, state: LMState, batch: int) -> None:
+        if len(state.layers) != len(self.layers):
+            raise ValueError(f"The state has {len(state.layers)} layers but the model {len(self.layers)}.")
+        if state.batch_size != batch:
+            raise ValueError(f"The state holds {state.batch_size} sequences, but {batch} came in.")
+
+
+def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:
+    """ValueError that names every missing, unknown or misshapen tensor, and those that hold NaN or infinity."""
+    problems = [f"missing {name}" for name in expected if name not in weights]
+    problems += [f"unknown {name}" for name in weights if name not in expected]
+    for name, value in weights.items():
+        if name not in expected:
+            continue
+        if value.shape != expected[name].shape:
+            problems.append(f"{name} has shape {tuple(value.shape)}, not {tuple(expected[name].shape)}")
+        elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            problems.append(f"{name} holds NaN or infinity")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{source} do not fit this model: {shown}.")

@@ -1,0 +1,22 @@
+"""The gated MLP of the language model: fc1 -> (value, gate), fc2(value * silu(gate))."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MULTIPLE = 128
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU without biases; the inner size is rounded up to a multiple of 128. [..., d] to [..., d]."""
+
+    def __init__(self, d_model: int, d_intermediate: int, device=None, dtype=None):
+        super().__init__()
+        inner = -(-d_intermediate // MULTIPLE) * MULTIPLE
+        self.fc1 = nn.Linear(d_model, 2 * inner, bias=False, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(inner, d_model, bias=False, device=device, dtype=dtype)
+
+    def forward(self, u: Tensor) -> Tensor:
+        value, gate = self.fc1(u).chunk(2, dim=-1)
+        return self.fc2(value * F.silu(gate))

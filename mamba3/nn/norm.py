@@ -1,0 +1,26 @@
+"""RMSNorm that computes in at least float32 and answers in the dtype of its weight or input."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba3.ops.types import wide_dtype
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; computed in float32 (float64 for float64), returned in `x.dtype` or `dtype`."""
+
+    def __init__(self, size: int, eps: float = 1e-5, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        wide = wide_dtype(x.dtype)
+        y = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
+        return y.to(dtype or x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"

@@ -1,0 +1,35 @@
+"""Complex state as data-dependent rotation (Propositions 2 to 4; mathematics.md, section 2).
+
+Channels (i, i + a) for i < a are one complex channel; channels from 2a on are real. A token's B and C are rotated by the
+cumulative angle phi_t = sum_{i <= t} theta_i tick_i, so that C_t . B_s carries exp(i (phi_t - phi_s)).
+Only phi mod 2 pi matters, and it is kept in [-pi, pi]: precision does not depend on how many tokens went by.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# 2 pi as a float32 number plus the rest: n * 2 pi is subtracted in two exact-enough parts (Cody and Waite).
+TWO_PI_HIGH = 6.28125
+TWO_PI_LOW = 2 * math.pi - TWO_PI_HIGH
+
+
+def wrap(phi: Tensor) -> Tensor:
+    """phi in radians, reduced to [-pi, pi]; the gradient is that of the identity."""
+    turns = torch.round(phi.detach() / (2 * math.pi))
+    return (phi - turns * TWO_PI_HIGH) - turns * TWO_PI_LOW
+
+
+def rotate_pairs(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """v [..., n] rotated by the angle of cos, sin [..., a] (broadcast), with 2a <= n."""
+    a = cos.shape[-1]
+    first, second, real = v[..., :a], v[..., a : 2 * a], v[..., 2 * a :]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, real], dim=-1)
+
+
+def phase_dtype(device: torch.device) -> torch.dtype:
+    """Sums that run along the whole sequence are float64, where the device has it (Apple's does not)."""
+    return torch.float32 if device.type == "mps" else torch.float64

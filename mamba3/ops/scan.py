@@ -1,0 +1,129 @@
+"""The public recurrence: `scan` over tokens, `step` over one, and the choice of implementation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mamba3.ops import chunked, reference
+from mamba3.ops import step as one_step
+from mamba3.ops.types import Gate, Inputs, ScanOutput, State
+from mamba3.ops.validation import check_inputs
+
+Implementation = Literal["auto", "reference", "chunked"]
+IMPLEMENTATIONS = {"reference": reference.scan, "chunked": chunked.scan}
+
+
+def implementations(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """Each implementation with, in words, whether it runs on `device` with inputs of `dtype`, and what `auto` takes."""
+    device = torch.device(device)
+    return {
+        "reference": f"runs on {device.type}: float64, token by token, the definition; never chosen by auto",
+        "chunked": f"runs on {device.type} in {str(dtype).removeprefix('torch.')}: chunk-parallel PyTorch; auto takes it",
+    }
+
+
+def scan(
+    x_bthp: Tensor,
+    dt_bth: Tensor,
+    A_bth: Tensor,
+    lam_bth: Tensor,
+    theta_bta: Tensor,
+    B_btrgn: Tensor,
+    C_btrgn: Tensor,
+    *,
+    B_bias_hrn: Tensor | None = None,
+    C_bias_hrn: Tensor | None = None,
+    mimo_x_hrp: Tensor | None = None,
+    D_h: Tensor | None = None,
+    tick_bth: Tensor | None = None,
+    z_bthp: Tensor | None = None,
+    mimo_z_hrp: Tensor | None = None,
+    mimo_o_hrp: Tensor | None = None,
+    out_norm: str = "none",
+    norm_weight_hp: Tensor | None = None,
+    state: State | None = None,
+    cu_seqlens: Tensor | list[int] | None = None,
+    impl: Implementation = "auto",
+) -> ScanOutput:
+    """Scan the Mamba-3 recurrence over sequences of tokens.
+
+        S_t = alpha_t S_{t-1} + beta_t sum_r x_{t-1,r} (x) B_{t-1,r} + gamma_t sum_r x_{t,r} (x) B_{t,r}
+        y_{t,r} = S_t C_{t,r} + D x_{t,r}
+
+    The caller has applied every nonlinearity of the coefficients (softplus, sigmoid, pi tanh) and the norms of B and C;
+    scan adds the biases, rotates, and applies silu to z. SISO is r = 1; Euler is lam = 1; no rotation is a = 0.
+
+    Args:
+        x_bthp: input of each head; float32, float64, bfloat16 or float16. Its dtype is that of the products and of y.
+        dt_bth: step size, > 0; kept in float32 (float64 for float64 x), like the three that follow.
+        A_bth: decay rate, < 0.
+        lam_bth: weight of the current token in the trapezoid, in [0, 1]; 1 is Euler's rule.
+        theta_bta: rotation in radians per unit of tick; 2 a <= n.
+        B_btrgn, C_btrgn: input and output vectors, normalised, shared by the h / g heads of a group.
+        B_bias_hrn, C_bias_hrn: added to B and C for each head, before rotation.
+        mimo_x_hrp: x_r = x * mimo_x_r; needed when r > 1.
+        D_h: skip connection.
+        tick_bth: what the angle advances by; dt when None. Ones make theta radians per token (standard RoPE).
+        z_bthp, mimo_z_hrp, mimo_o_hrp, out_norm, norm_weight_hp: the output stage, see `mamba3.ops.gate`; without z, y
+            comes out for each rank.
+        state: where each sequence starts, [b, ...] or [s, ...] for a pack; zeros when None.
+        cu_seqlens: boundaries [s + 1] of s sequences packed along t, with b = 1: 0, ..., t.
+        impl: "auto" (see `implementations`), "chunked" or "reference" (float64 results).
+
+    Returns:
+        ScanOutput(y, state): y [b, t, h, p], or [b, t, r, h, p] without z; the state after each sequence. Differentiable
+        in every tensor, the state included.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, boundaries or an unknown implementation; the text says which and what to do.
+
+    Source: arXiv 2603.15569, sections 3.1 to 3.3 and Table 1.
+    """
+    inp = Inputs(
+        x_bthp, dt_bth, A_bth, lam_bth, theta_bta, B_btrgn, C_btrgn, B_bias_hrn, C_bias_hrn, mimo_x_hrp, D_h, tick_bth
+    )
+    gate = Gate(z_bthp, mimo_z_hrp, mimo_o_hrp, out_norm, norm_weight_hp)
+    chosen = "chunked" if impl == "auto" else impl
+    if chosen not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be auto, {' or '.join(IMPLEMENTATIONS)}; it is {impl!r}.")
+    inp, gate, state, boundaries = check_inputs(inp, gate, state, cu_seqlens)
+    return IMPLEMENTATIONS[chosen](inp, gate, state, boundaries)
+
+
+def step(
+    x_bhp: Tensor,
+    dt_bh: Tensor,
+    A_bh: Tensor,
+    lam_bh: Tensor,
+    theta_ba: Tensor,
+    B_brgn: Tensor,
+    C_brgn: Tensor,
+    *,
+    state: State,
+    B_bias_hrn: Tensor | None = None,
+    C_bias_hrn: Tensor | None = None,
+    mimo_x_hrp: Tensor | None = None,
+    D_h: Tensor | None = None,
+    tick_bh: Tensor | None = None,
+    z_bhp: Tensor | None = None,
+    mimo_z_hrp: Tensor | None = None,
+    mimo_o_hrp: Tensor | None = None,
+    out_norm: str = "none",
+    norm_weight_hp: Tensor | None = None,
+    inplace: bool = False,
+) -> ScanOutput:
+    """One token of `scan`: the same arguments without the token axis, y [b, h, p] or [b, r, h, p], and the next state.
+
+    inplace: update `state` itself, which saves copying S; gradients must be off (ValueError otherwise).
+    """
+    inp = Inputs(x_bhp, dt_bh, A_bh, lam_bh, theta_ba, B_brgn, C_brgn, B_bias_hrn, C_bias_hrn, mimo_x_hrp, D_h, tick_bh)
+    gate = Gate(z_bhp, mimo_z_hrp, mimo_o_hrp, out_norm, norm_weight_hp)
+    if inplace and torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (*inp, *state)):
+        raise ValueError(
+            "A state cannot be updated in place while gradients are recorded; use inplace=False or no_grad."
+        )
+    inp, gate, state, _ = check_inputs(inp, gate, state, None, one_token=True)
+    return one_step.step(inp, gate, state, inplace=inplace)

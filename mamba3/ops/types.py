@@ -1,0 +1,154 @@
+"""What every implementation takes and returns.
+
+The state of a layer is four tensors whose size does not depend on how many tokens were read (mathematics.md, section 4):
+the cumulative angle, the matrix state, and the last token's rotated B and its x, which the trapezoid of the next token
+needs. The law that tests hold it to: prefill(a + b) = prefill(b, state of prefill(a)), for every split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamba3.ops import state_file
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that coefficients, angles and states are kept in beside inputs of `dtype`: float32, or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class State(NamedTuple):
+    """The whole memory of one layer after any number of tokens.
+
+    phi: [b, h, a] cumulative angle in radians, in [-pi, pi]; float32 (float64 for float64 inputs).
+    S: [b, h, p, n] matrix state, in the frame where B is rotated by phi; float32 or float64 likewise.
+    B_prev: [b, r, h, n] the last token's B, with its bias and rotated by phi; dtype of the inputs.
+    x_prev: [b, h, p] the last token's x, before mimo_x; dtype of the inputs.
+    conv: [b, d_conv - 1, channels] the last rows that entered the layer's short convolution, when it has one. The
+        recurrence carries it along and never reads it.
+    """
+
+    phi: Tensor
+    S: Tensor
+    B_prev: Tensor
+    x_prev: Tensor
+    conv: Tensor | None = None
+
+    @classmethod
+    def zeros(
+        cls,
+        batch_size: int,
+        *,
+        nheads: int,
+        headdim: int,
+        d_state: int,
+        pairs: int,
+        rank: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """The state before the first token. `dtype` is that of the inputs; phi and S are at least float32."""
+        dtype = dtype or torch.get_default_dtype()
+        wide = wide_dtype(dtype)
+        return cls(
+            phi=torch.zeros(batch_size, nheads, pairs, device=device, dtype=wide),
+            S=torch.zeros(batch_size, nheads, headdim, d_state, device=device, dtype=wide),
+            B_prev=torch.zeros(batch_size, rank, nheads, d_state, device=device, dtype=dtype),
+            x_prev=torch.zeros(batch_size, nheads, headdim, device=device, dtype=dtype),
+        )
+
+    def _map(self, f) -> State:
+        return State(*(None if v is None else f(v) for v in self))
+
+    def select(self, index: Tensor | Iterable[int]) -> State:
+        """The states of some sequences, in the order given; an index may repeat (beams, forks)."""
+        index = torch.as_tensor(index, device=self.S.device)
+        return self._map(lambda v: v.index_select(0, index))
+
+    def detach(self) -> State:
+        """The same tensors, cut off from the graph that made them."""
+        return self._map(Tensor.detach)
+
+    def clone(self) -> State:
+        """A copy that shares no memory with this one."""
+        return self._map(Tensor.clone)
+
+    def to(self, device: torch.device | str) -> State:
+        """The same state on another device."""
+        return self._map(lambda v: v.to(device))
+
+    def copy_(self, other: State) -> State:
+        """Overwrite this state's tensors with those of `other`."""
+        for mine, theirs in zip(self, other, strict=True):
+            if mine is not None and mine is not theirs:
+                mine.copy_(theirs)
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the tensors."""
+        return sum(v.nbytes for v in self if v is not None)
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The fields that are present, by name: what a state file holds."""
+        return {prefix + name: v for name, v in zip(self._fields, self, strict=True) if v is not None}
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a safetensors file, atomically, with a checksum. See `mamba3.ops.state_file`."""
+        state_file.write(path, self.tensors(), kind="layer", dtype=str(self.x_prev.dtype))
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str | None = None) -> State:
+        """Read a state written by `save`. ValueError when the file is truncated, altered or something else."""
+        tensors, _ = state_file.read(path, kind="layer", device=device)
+        missing = [name for name in cls._fields[:4] if name not in tensors]
+        if missing:
+            raise ValueError(f"{path} is not the state of one layer: it lacks {', '.join(missing)}.")
+        return cls(**{name: tensors.get(name) for name in cls._fields})
+
+
+class ScanOutput(NamedTuple):
+    """y: [b, t, h, p] after the gate, or [b, t, r, h, p] without one. state: after the last token of each sequence."""
+
+    y: Tensor
+    state: State
+
+
+class Inputs(NamedTuple):
+    """Arguments of the recurrence after validation; shapes and meaning in `mamba3.ops.scan`."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    lam: Tensor
+    theta: Tensor
+    B: Tensor
+    C: Tensor
+    B_bias: Tensor | None = None
+    C_bias: Tensor | None = None
+    mimo_x: Tensor | None = None
+    D: Tensor | None = None
+    tick: Tensor | None = None
+
+    @property
+    def wide(self) -> torch.dtype:
+        return wide_dtype(self.x.dtype)
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[-3]
+
+
+class Gate(NamedTuple):
+    """Arguments of the output stage; shapes and meaning in `mamba3.ops.gate`."""
+
+    z: Tensor | None = None
+    mimo_z: Tensor | None = None
+    mimo_o: Tensor | None = None
+    norm: str = "none"
+    norm_weight: Tensor | None = None
