@@ -6,9 +6,10 @@ h += mixer(RMSNorm(h));  h += mlp(RMSNorm(h));  ...;  logits = head(RMSNorm(h)),
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps, **factory)
         if kind == "attention":
             assert config.attn_heads is not None
-            self.mixer: Mamba3 | Attention = Attention(
+            self.mixer: Any = Attention(
                 config.d_model, config.attn_heads, config.attn_kv_heads, config.attn_head_dim,
                 qkv_bias=config.attn_qkv_bias, out_bias=config.attn_out_bias, **factory,
             )  # fmt: skip
@@ -86,12 +87,14 @@ class Mamba3LM(nn.Module):
         self._fingerprint: tuple[Any, str] | None = None
         self._initialize()
 
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.layers))
+
     @torch.no_grad()
     def _initialize(self) -> None:
         nn.init.normal_(self.embedding.weight, std=0.02)
         residuals = len(self.config.layers) * (2 if self.config.d_intermediate else 1)
-        for block in self.layers:
-            assert isinstance(block, Block)
+        for block in self._blocks():
             init.residual_(block.mixer.out_proj, residuals)
             if block.mlp is not None:
                 init.residual_(block.mlp.fc2, residuals)
@@ -106,7 +109,7 @@ class Mamba3LM(nn.Module):
         """What the head reads: [b, t, d_model], normalised."""
         boundaries = self._boundaries(input_ids, cu_seqlens)
         h = self._embed(input_ids, 2)
-        for block in self.layers:
+        for block in self._blocks():
             h, _ = block.run(h, lambda u, block=block: (block.mixer(u, boundaries), None))
         return self.norm_f(h, self.embedding.weight.dtype)
 
@@ -129,11 +132,11 @@ class Mamba3LM(nn.Module):
         boundaries = self._boundaries(input_ids, cu_seqlens)
         counts = [input_ids.shape[1]] * input_ids.shape[0]
         if boundaries is not None:
-            counts = [b - a for a, b in zip(boundaries, boundaries[1:], strict=False)]
+            counts = [b - a for a, b in itertools.pairwise(boundaries)]
         state = self.init_state(len(counts)) if state is None else state
         self._check_state(state, len(counts))
         h, layers = self._embed(input_ids, 2), []
-        for block, layer in zip(self.layers, state.layers, strict=True):
+        for block, layer in zip(self._blocks(), state.layers, strict=True):
             h, layer = block.run(h, lambda u, m=block.mixer, s=layer: m.prefill(u, s, boundaries))
             layers.append(layer)
         if last_only:
@@ -149,7 +152,7 @@ class Mamba3LM(nn.Module):
         """
         self._check_state(state, input_ids.shape[0])
         h, layers = self._embed(input_ids, 1), []
-        for block, layer in zip(self.layers, state.layers, strict=True):
+        for block, layer in zip(self._blocks(), state.layers, strict=True):
             h, layer = block.run(h, lambda u, m=block.mixer, s=layer: m.step(u, s))
             layers.append(layer)
         logits = self.head(self.norm_f(h, self.embedding.weight.dtype))
@@ -162,7 +165,7 @@ class Mamba3LM(nn.Module):
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LMState:
         """The state before the first token."""
-        layers: list[LayerState] = [block.mixer.init_state(batch_size, device, dtype) for block in self.layers]
+        layers: list[LayerState] = [block.mixer.init_state(batch_size, device, dtype) for block in self._blocks()]
         tokens = torch.zeros(batch_size, dtype=torch.int64, device=device or self.embedding.weight.device)
         return LMState(layers, tokens, None if torch.compiler.is_compiling() else self.fingerprint())
 

@@ -7,6 +7,7 @@ The three verbs of every layer: forward, prefill, step. The cache is the layer's
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -116,7 +117,7 @@ class Attention(nn.Module):
         if cu_seqlens is None:
             return self._out(_attend(q, k, v, None))
         cu_seqlens = check_cu_seqlens(cu_seqlens, u.shape[0], u.shape[1])
-        spans = [slice(a, b) for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+        spans = [slice(a, b) for a, b in itertools.pairwise(cu_seqlens)]
         return self._out(torch.cat([_attend(q[:, s], k[:, s], v[:, s], None) for s in spans], dim=1))
 
     def prefill(
@@ -146,7 +147,7 @@ class Attention(nn.Module):
         return self._out(_attend(q, after.k, after.v, _mask(before, 1, after.k.shape[1]))).squeeze(1), after
 
     def _prefill_packed(self, u: Tensor, state: AttentionState, cu_seqlens: list[int]) -> tuple[Tensor, AttentionState]:
-        lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+        lengths = [b - a for a, b in itertools.pairwise(cu_seqlens)]
         ys, states = [], []
         for i, piece in enumerate(u.split(lengths, dim=1)):
             y, after = self.prefill(piece, state.select([i]))

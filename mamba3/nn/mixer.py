@@ -8,36 +8,39 @@ out = out_proj(sum_r mimo_o_r * gate(y_r, z))
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba3 import ops
 from mamba3.nn import init
 from mamba3.nn.norm import RMSNorm
 from mamba3.nn.short_conv import ShortConv
 from mamba3.ops.discretize import DECAYS, decay_rate
 from mamba3.ops.gate import OUT_NORMS
-from mamba3.ops.types import State, wide_dtype
+from mamba3.ops.scan import run_scan, run_step
+from mamba3.ops.types import Gate, Inputs, State, wide_dtype
 from mamba3.ops.validation import check_cu_seqlens
 
 ROTATIONS = ("data_dependent", "standard", "none")
 BiasInit = float | tuple[float, float] | None
 
 
-class Projected(NamedTuple):
+T = TypeVar("T")
+
+
+class Projected(NamedTuple, Generic[T]):
     """The in_proj row, cut: z, x [..., h p]; B, C [..., r g n]; dt, A, lam [..., h] and theta [..., a], raw or empty."""
 
-    z: Tensor
-    x: Tensor
-    B: Tensor
-    C: Tensor
-    dt: Tensor
-    A: Tensor
-    lam: Tensor
-    theta: Tensor
+    z: T
+    x: T
+    B: T
+    C: T
+    dt: T
+    A: T
+    lam: T
+    theta: T
 
 
 class Mamba3(nn.Module):
@@ -78,10 +81,10 @@ class Mamba3(nn.Module):
         *,
         mimo_rank: int = 1,
         rope_fraction: float = 0.5,
-        decay: Literal["heavy_tail", "softplus"] = "heavy_tail",
+        decay: str = "heavy_tail",
         out_norm: str = "none",
-        lam: Literal["learned"] | float = "learned",
-        rotation: Literal["data_dependent", "standard", "none"] = "data_dependent",
+        lam: str | float = "learned",
+        rotation: str = "data_dependent",
         B_bias: BiasInit = 1.0,
         C_bias: BiasInit = 1.0,
         bc_bias_trainable: bool = True,
@@ -114,6 +117,8 @@ class Mamba3(nn.Module):
         )  # fmt: skip
         self.in_proj = nn.Linear(d_model, sum(self.splits), bias=False, **factory)
         self.dt_bias = nn.Parameter(torch.empty(h, **recurrent))
+        self.B_bias: Tensor | None
+        self.C_bias: Tensor | None
         for name, value in self.bias_init.items():
             bias = None if value is None else torch.empty(h, r, d_state, **recurrent)
             if bias is None or bc_bias_trainable:
@@ -122,9 +127,10 @@ class Mamba3(nn.Module):
                 self.register_buffer(name, bias)
         self.B_norm, self.C_norm = RMSNorm(d_state, **factory), RMSNorm(d_state, **factory)
         self.D = nn.Parameter(torch.empty(h, **recurrent))
-        for name in ("mimo_x", "mimo_z", "mimo_o"):
-            has = mimo if mimo is not None else r > 1
-            self.register_parameter(name, nn.Parameter(torch.empty(h, r, headdim, **recurrent)) if has else None)
+        mimo = r > 1 if mimo is None else mimo
+        self.mimo_x, self.mimo_z, self.mimo_o = (
+            nn.Parameter(torch.empty(h, r, headdim, **recurrent)) if mimo else None for _ in range(3)
+        )
         self.norm = None if out_norm == "none" else RMSNorm(self.d_inner, **factory)
         self.conv = ShortConv(self.splits.x + 2 * self.splits.B, d_conv, **factory) if d_conv else None
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False, **factory)
@@ -178,10 +184,9 @@ class Mamba3(nn.Module):
             if norm is not None:
                 norm.weight.fill_(1)
         self.D.fill_(1)
-        if self.mimo_x is not None:
-            self.mimo_x.fill_(1 / self.mimo_rank)
-            self.mimo_z.fill_(1)
-            self.mimo_o.fill_(1 / self.mimo_rank)
+        for weight, value in ((self.mimo_x, 1 / self.mimo_rank), (self.mimo_z, 1), (self.mimo_o, 1 / self.mimo_rank)):
+            if weight is not None:
+                weight.fill_(value)
         if self.conv is not None:
             self.conv.reset_parameters()
 
@@ -220,11 +225,7 @@ class Mamba3(nn.Module):
             )
             mixed, conv = self.conv(torch.cat([row.x, row.B, row.C], dim=-1), before, cu_seqlens)
             row = self._replace_conv(row, mixed)
-        arguments = self._arguments(row)
-        names = ("x_bthp", "dt_bth", "A_bth", "lam_bth", "theta_bta", "B_btrgn", "C_btrgn", "z_bthp", "tick_bth")
-        y, after = ops.scan(
-            **dict(zip(names, arguments, strict=True)), **self._shared(), state=state, cu_seqlens=cu_seqlens
-        )
+        y, after = run_scan(*self._inputs(row), state, cu_seqlens)
         return self.out_proj(y.flatten(-2)), after._replace(conv=conv)
 
     def step(self, u: Tensor, state: State) -> tuple[Tensor, State]:
@@ -238,9 +239,7 @@ class Mamba3(nn.Module):
         if self.conv is not None:
             mixed, conv = self.conv.step(torch.cat([row.x, row.B, row.C], dim=-1), self._conv_state(state))
             row = self._replace_conv(row, mixed)
-        names = ("x_bhp", "dt_bh", "A_bh", "lam_bh", "theta_ba", "B_brgn", "C_brgn", "z_bhp", "tick_bh")
-        arguments = dict(zip(names, self._arguments(row), strict=True))
-        y, after = ops.step(**arguments, **self._shared(), state=state, inplace=inplace)
+        y, after = run_step(*self._inputs(row), state, inplace=inplace)
         if conv is not None:
             after = after._replace(conv=state.conv.copy_(conv) if inplace and state.conv is not None else conv)
         return self.out_proj(y.flatten(-2)), after
@@ -257,39 +256,32 @@ class Mamba3(nn.Module):
             )
         return state.conv
 
-    def _project(self, u: Tensor) -> Projected:
+    def _project(self, u: Tensor) -> Projected[Tensor]:
         return Projected(*self.in_proj(u).split(self.splits, dim=-1))
 
-    def _replace_conv(self, row: Projected, mixed: Tensor) -> Projected:
+    def _replace_conv(self, row: Projected[Tensor], mixed: Tensor) -> Projected[Tensor]:
         x, B, C = mixed.split([self.splits.x, self.splits.B, self.splits.C], dim=-1)
         return row._replace(x=x, B=B, C=C)
 
-    def _arguments(self, row: Projected) -> tuple[Tensor | None, ...]:
-        """x, dt, A, lam, theta, B, C, z, tick for `ops.scan` and `ops.step`: every nonlinearity of section 1."""
+    def _inputs(self, row: Projected[Tensor]) -> tuple[Inputs, Gate]:
+        """The arguments of the recurrence: every nonlinearity and norm of section 1 applied."""
         wide = wide_dtype(row.x.dtype)
         dt = F.softplus(row.dt.to(wide) + self.dt_bias.to(wide))
         A = decay_rate(row.A.to(wide), self.decay, self.A_floor)
-        lam = row.lam.to(wide).sigmoid() if self.lam == "learned" else torch.full_like(dt, self.lam)
+        lam = torch.full_like(dt, self.lam) if isinstance(self.lam, float | int) else row.lam.to(wide).sigmoid()
         theta, tick = math.pi * row.theta.to(wide).tanh(), None
         if self.rotation == "standard":
             exponent = torch.arange(self.pairs, device=dt.device, dtype=wide) / self.pairs
             theta, tick = (self.omega_base**-exponent).expand(*dt.shape[:-1], -1), torch.ones_like(dt)
-        groups = (self.mimo_rank, self.ngroups, self.d_state)
+        groups, heads = (self.mimo_rank, self.ngroups, self.d_state), (self.nheads, self.headdim)
         B, C = self.B_norm(row.B.unflatten(-1, groups)), self.C_norm(row.C.unflatten(-1, groups))
-        heads = (self.nheads, self.headdim)
-        return row.x.unflatten(-1, heads), dt, A, lam, theta, B, C, row.z.unflatten(-1, heads), tick
-
-    def _shared(self) -> dict[str, Tensor | str | None]:
-        return {
-            "B_bias_hrn": self.B_bias,
-            "C_bias_hrn": self.C_bias,
-            "mimo_x_hrp": self.mimo_x,
-            "mimo_z_hrp": self.mimo_z,
-            "mimo_o_hrp": self.mimo_o,
-            "D_h": self.D,
-            "out_norm": self.out_norm,
-            "norm_weight_hp": None if self.norm is None else self.norm.weight.view(self.nheads, self.headdim),
-        }
+        weight = None if self.norm is None else self.norm.weight.view(heads)
+        return (
+            Inputs(
+                row.x.unflatten(-1, heads), dt, A, lam, theta, B, C, self.B_bias, self.C_bias, self.mimo_x, self.D, tick
+            ),
+            Gate(row.z.unflatten(-1, heads), self.mimo_z, self.mimo_o, self.out_norm, weight),
+        )
 
     def extra_repr(self) -> str:
         return (

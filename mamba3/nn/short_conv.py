@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ class ShortConv(nn.Module):
         state, halo = state.to(v.dtype), self.width - 1
         if cu_seqlens is None:
             return self._slide(torch.cat([state, v], dim=1)), torch.cat([state, v], dim=1)[:, -halo:]
-        lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+        lengths = [b - a for a, b in itertools.pairwise(cu_seqlens)]
         pieces = v[0].split(lengths)
         extended = [torch.cat(pair) for pair in zip(state, pieces, strict=True)]
         rows = [self._slide(rows.unsqueeze(0)) for rows in extended]

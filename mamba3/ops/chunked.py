@@ -81,8 +81,7 @@ def _heads_first(v: Tensor) -> Tensor:
 
 def rotated(B: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, wide: torch.dtype) -> Tensor:
     """B [k, l, r, g, n] to rows [k, h, l r, n], biased and rotated by cos, sin [k, h, l, a], back in the dtype of B."""
-    nheads, rank = cos.shape[1], B.shape[2]
-    rows = per_head(B.to(wide), bias, nheads).permute(0, 3, 1, 2, 4)
+    rows = per_head(B.to(wide), bias, cos.shape[1]).permute(0, 3, 1, 2, 4)
     return rotate_pairs(rows, cos.unsqueeze(3), sin.unsqueeze(3)).to(B.dtype).flatten(2, 3)
 
 

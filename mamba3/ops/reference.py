@@ -60,10 +60,10 @@ def scan(inp: Inputs, gate: Gate, state: State, cu_seqlens: list[int] | None) ->
         _sequence(
             tokens(inp, i, ("x", "dt", "A", "lam", "theta", "B", "C", "tick")),
             tokens(gate, i, ("z",)),
-            State(*(None if v is None else v[i : i + 1] for v in state)),
+            state.select([i]),
         )
         for i in range(len(cu_seqlens) - 1)
     ]
-    states = zip(*(run.state for run in runs), strict=True)
-    joined = (None if parts[0] is None else torch.cat(parts) for parts in states)
-    return ScanOutput(torch.cat([run.y for run in runs], dim=1), State(*joined))
+    phi, S, B_prev, x_prev = (torch.cat([run.state[i] for run in runs]) for i in range(4))
+    joined = State(phi, S, B_prev, x_prev, state.conv)
+    return ScanOutput(torch.cat([run.y for run in runs], dim=1), joined)

@@ -86,11 +86,22 @@ def scan(
         x_bthp, dt_bth, A_bth, lam_bth, theta_bta, B_btrgn, C_btrgn, B_bias_hrn, C_bias_hrn, mimo_x_hrp, D_h, tick_bth
     )
     gate = Gate(z_bthp, mimo_z_hrp, mimo_o_hrp, out_norm, norm_weight_hp)
+    return run_scan(inp, gate, state, cu_seqlens, impl)
+
+
+def run_scan(
+    inp: Inputs,
+    gate: Gate,
+    state: State | None = None,
+    cu_seqlens: Tensor | list[int] | None = None,
+    impl: Implementation = "auto",
+) -> ScanOutput:
+    """`scan` for callers that hold its arguments as `Inputs` and `Gate`."""
     chosen = "chunked" if impl == "auto" else impl
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be auto, {' or '.join(IMPLEMENTATIONS)}; it is {impl!r}.")
-    inp, gate, state, boundaries = check_inputs(inp, gate, state, cu_seqlens)
-    return IMPLEMENTATIONS[chosen](inp, gate, state, boundaries)
+    inp, gate, checked, boundaries = check_inputs(inp, gate, state, cu_seqlens)
+    return IMPLEMENTATIONS[chosen](inp, gate, checked, boundaries)
 
 
 def step(
@@ -121,9 +132,14 @@ def step(
     """
     inp = Inputs(x_bhp, dt_bh, A_bh, lam_bh, theta_ba, B_brgn, C_brgn, B_bias_hrn, C_bias_hrn, mimo_x_hrp, D_h, tick_bh)
     gate = Gate(z_bhp, mimo_z_hrp, mimo_o_hrp, out_norm, norm_weight_hp)
+    return run_step(inp, gate, state, inplace=inplace)
+
+
+def run_step(inp: Inputs, gate: Gate, state: State, *, inplace: bool = False) -> ScanOutput:
+    """`step` for callers that hold its arguments as `Inputs` and `Gate`."""
     if inplace and torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (*inp, *state)):
         raise ValueError(
             "A state cannot be updated in place while gradients are recorded; use inplace=False or no_grad."
         )
-    inp, gate, state, _ = check_inputs(inp, gate, state, None, one_token=True)
-    return one_step.step(inp, gate, state, inplace=inplace)
+    inp, gate, checked, _ = check_inputs(inp, gate, state, None, one_token=True)
+    return one_step.step(inp, gate, checked, inplace=inplace)

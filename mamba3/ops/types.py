@@ -7,7 +7,7 @@ needs. The law that tests hold it to: prefill(a + b) = prefill(b, state of prefi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,30 +62,32 @@ class State(NamedTuple):
             x_prev=torch.zeros(batch_size, nheads, headdim, device=device, dtype=dtype),
         )
 
-    def _map(self, f) -> State:
-        return State(*(None if v is None else f(v) for v in self))
+    def map(self, f: Callable[[Tensor], Tensor]) -> State:
+        """The state with `f` applied to each tensor."""
+        conv = None if self.conv is None else f(self.conv)
+        return State(f(self.phi), f(self.S), f(self.B_prev), f(self.x_prev), conv)
 
     def select(self, index: Tensor | Iterable[int]) -> State:
         """The states of some sequences, in the order given; an index may repeat (beams, forks)."""
         index = torch.as_tensor(index, device=self.S.device)
-        return self._map(lambda v: v.index_select(0, index))
+        return self.map(lambda v: v.index_select(0, index))
 
     def detach(self) -> State:
         """The same tensors, cut off from the graph that made them."""
-        return self._map(Tensor.detach)
+        return self.map(Tensor.detach)
 
     def clone(self) -> State:
         """A copy that shares no memory with this one."""
-        return self._map(Tensor.clone)
+        return self.map(Tensor.clone)
 
     def to(self, device: torch.device | str) -> State:
         """The same state on another device."""
-        return self._map(lambda v: v.to(device))
+        return self.map(lambda v: v.to(device))
 
     def copy_(self, other: State) -> State:
         """Overwrite this state's tensors with those of `other`."""
         for mine, theirs in zip(self, other, strict=True):
-            if mine is not None and mine is not theirs:
+            if mine is not None and theirs is not None and mine is not theirs:
                 mine.copy_(theirs)
         return self
 
@@ -109,7 +111,7 @@ class State(NamedTuple):
         missing = [name for name in cls._fields[:4] if name not in tensors]
         if missing:
             raise ValueError(f"{path} is not the state of one layer: it lacks {', '.join(missing)}.")
-        return cls(**{name: tensors.get(name) for name in cls._fields})
+        return cls(*(tensors[name] for name in cls._fields[:4]), conv=tensors.get("conv"))
 
 
 class ScanOutput(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | list[int], batch: int, tokens: int) ->
         )
     if len(cu_seqlens) < 2 or cu_seqlens[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0 and name at least one sequence; it is {cu_seqlens[:8]}.")
-    for i, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(cu_seqlens)):
         if b == a:
             raise ValueError(f"Sequence {i} of cu_seqlens is empty (from {a} to {b}); leave empty sequences out.")
         if b < a:
