@@ -23,7 +23,7 @@ from mamba3.ops.discretize import discretize
 from mamba3.ops.gate import apply_gate
 from mamba3.ops.packed import Chunks
 from mamba3.ops.ranks import per_head, per_rank
-from mamba3.ops.rotate import phase_dtype, rotate_pairs, wrap
+from mamba3.ops.rotate import phase_dtype, rotate_pairs, rotate_pairs_, wrap
 from mamba3.ops.types import Gate, Inputs, ScanOutput, State
 
 ROWS_PER_CHUNK = 64
@@ -47,9 +47,9 @@ def decays(log_alpha: Tensor, w: Tensor, gamma: Tensor, dtype: torch.dtype) -> D
     w, gamma = w.transpose(1, 2), gamma.transpose(1, 2)
     l = sums.shape[-1]
     exponent = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(dtype)
-    future = torch.ones(l, l, dtype=torch.bool, device=sums.device).triu()
-    between = exponent.masked_fill(future, -torch.inf).exp() * w.unsqueeze(-2)
-    between = between + torch.diag_embed(gamma)
+    not_past = torch.full((l, l), -torch.inf, dtype=dtype, device=sums.device).triu()
+    between = (exponent + not_past).exp() * w.unsqueeze(-2)
+    between.diagonal(dim1=-2, dim2=-1).add_(gamma)
     out = (sums[..., -1:] - sums).to(dtype).exp() * w
     return Decays(between, sums.to(dtype).exp(), out, sums[..., -1].to(dtype).exp())
 
@@ -81,8 +81,12 @@ def _heads_first(v: Tensor) -> Tensor:
 
 def rotated(B: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, wide: torch.dtype) -> Tensor:
     """B [k, l, r, g, n] to rows [k, h, l r, n], biased and rotated by cos, sin [k, h, l, a], back in the dtype of B."""
-    rows = per_head(B.to(wide), bias, cos.shape[1]).permute(0, 3, 1, 2, 4)
-    return rotate_pairs(rows, cos.unsqueeze(3), sin.unsqueeze(3)).to(B.dtype).flatten(2, 3)
+    k, l, r, g, n = B.shape
+    h = cos.shape[1]
+    rows = B.to(wide).permute(0, 3, 1, 2, 4).unsqueeze(2).expand(k, g, h // g, l, r, n)
+    rows = (rows.contiguous() if bias is None else rows + bias.unflatten(0, (g, h // g)).unsqueeze(2)).flatten(1, 2)
+    rotate = rotate_pairs if torch.is_grad_enabled() else rotate_pairs_
+    return rotate(rows, cos.unsqueeze(3), sin.unsqueeze(3)).to(B.dtype).flatten(2, 3)
 
 
 class Plan(NamedTuple):

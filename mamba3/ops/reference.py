@@ -64,6 +64,12 @@ def scan(inp: Inputs, gate: Gate, state: State, cu_seqlens: list[int] | None) ->
         )
         for i in range(len(cu_seqlens) - 1)
     ]
-    phi, S, B_prev, x_prev = (torch.cat([run.state[i] for run in runs]) for i in range(4))
-    joined = State(phi, S, B_prev, x_prev, state.conv)
+    states = [run.state for run in runs]
+    joined = State(
+        phi=torch.cat([s.phi for s in states]),
+        S=torch.cat([s.S for s in states]),
+        B_prev=torch.cat([s.B_prev for s in states]),
+        x_prev=torch.cat([s.x_prev for s in states]),
+        conv=state.conv,
+    )
     return ScanOutput(torch.cat([run.y for run in runs], dim=1), joined)

@@ -1,0 +1,26 @@
+"""What every test runs under: a fixed seed, and uninitialised memory that is NaN."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("laws", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("laws")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty answers NaN, so that an element nobody wrote cannot pass for a result."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that need a CUDA device are skipped aloud where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))

@@ -1,0 +1,76 @@
+"""The attention of hybrid models: plain softmax attention, with a cache that obeys the law of prefill."""
+
+import pytest
+import torch
+
+from mamba3.nn import Attention
+from tests.ops.cases import distance
+
+
+def naive(module, u):
+    """softmax(q k^T / sqrt(e)) v by the book; each group of query heads shares one key head."""
+    h, kv, e = module.n_heads, module.n_kv_heads, module.head_dim
+    rows = module.in_proj(u)
+    q, k, v = rows.split([h * e, kv * e, kv * e], dim=-1)
+    outs = []
+    for head in range(h):
+        shared = slice((head // (h // kv)) * e, (head // (h // kv)) * e + e)
+        scores = q[..., head * e : head * e + e] @ k[..., shared].transpose(1, 2) / e**0.5
+        future = torch.ones(u.shape[1], u.shape[1]).triu(1).bool()
+        outs.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ v[..., shared])
+    return module.out_proj(torch.cat(outs, dim=-1))
+
+
+@pytest.mark.parametrize(("heads", "kv", "bias"), [(4, 4, False), (4, 2, True), (4, 1, False)])
+def test_verbs_are_the_naive_attention(heads, kv, bias):
+    module = Attention(16, heads, kv, qkv_bias=bias, out_bias=bias, dtype=torch.float64)
+    u = torch.randn(2, 150, 16, dtype=torch.float64)
+    expected = naive(module, u)
+    assert distance(module(u), expected) < 1e-10
+    first, state = module.prefill(u[:, :70])
+    kept = state.clone()
+    second, state = module.prefill(u[:, 70:140], state)
+    assert torch.equal(kept.k, module.prefill(u[:, :70])[1].k)
+    rest = []
+    with torch.no_grad():
+        for t in range(140, 150):
+            y, state = module.step(u[:, t], state)
+            rest.append(y)
+    assert distance(torch.cat([first, second, torch.stack(rest, 1)], dim=1), expected) < 1e-10
+    assert state.length.tolist() == [150, 150] and state.used == 150
+
+
+def test_packs_of_unequal_caches():
+    module = Attention(16, 4, 2, dtype=torch.float64)
+    lengths, more = [3, 1, 7], [2, 5, 1]
+    first, second = ([torch.randn(1, n, 16, dtype=torch.float64) for n in ns] for ns in (lengths, more))
+    _, state = module.prefill(torch.cat(first, 1), cu_seqlens=[0, 3, 4, 11])
+    y, state = module.prefill(torch.cat(second, 1), state, cu_seqlens=[0, 2, 7, 8])
+    assert state.length.tolist() == [5, 6, 8]
+    expected = [naive(module, torch.cat(pair, 1))[:, n:] for pair, n in zip(zip(first, second, strict=True), lengths, strict=True)]
+    assert distance(y, torch.cat(expected, dim=1)) < 1e-10
+    token = torch.randn(3, 16, dtype=torch.float64)
+    with torch.no_grad():
+        y, _ = module.step(token, state.select([2, 0, 1]))
+    full = torch.cat([first[2], second[2], token[:1].unsqueeze(1)], 1)
+    assert distance(y[0], naive(module, full)[0, -1]) < 1e-10
+    y = module(torch.cat(first, 1), cu_seqlens=[0, 3, 4, 11])
+    assert distance(y, torch.cat([naive(module, u) for u in first], 1)) < 1e-10
+
+
+def test_steps_carry_gradients():
+    module, u = Attention(16, 2, dtype=torch.float64), torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True)
+    state = module.init_state(1)
+    for t in range(4):
+        y, state = module.step(u[:, t], state)
+    ours = torch.autograd.grad(y.sum(), u)[0]
+    assert distance(ours, torch.autograd.grad(naive(module, u)[:, -1].sum(), u)[0]) < 1e-10
+
+
+def test_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match="positive multiple of n_kv_heads = 3"):
+        Attention(16, 4, 3)
+    with pytest.raises(ValueError, match="multiple of n_heads = 5"):
+        Attention(16, 5)
+    with pytest.raises(ValueError, match="d_model = 16"):
+        Attention(16, 4)(torch.zeros(1, 2, 8))
