@@ -24,7 +24,7 @@ from mamba3.ops.gate import apply_gate
 from mamba3.ops.packed import Chunks
 from mamba3.ops.ranks import per_head, per_rank
 from mamba3.ops.rotate import phase_dtype, rotate_pairs, rotate_pairs_, wrap
-from mamba3.ops.types import Gate, Inputs, ScanOutput, State
+from mamba3.ops.types import Gate, Inputs, ScanOutput, State, without_autocast
 
 ROWS_PER_CHUNK = 64
 # Rows a block: on a CPU what a block touches should stay in the second-level cache; a GPU wants to be filled.
@@ -197,7 +197,7 @@ def table(inp: Inputs, cu_seqlens: list[int] | None) -> Chunks:
 
 def scan(inp: Inputs, gate: Gate, state: State, cu_seqlens: list[int] | None, *, recompute: bool = True) -> ScanOutput:
     """The recurrence over all tokens; `recompute=False` trades memory for a backward without a second forward."""
-    with torch.autocast(device_type=inp.x.device.type, enabled=False):
+    with without_autocast(inp.x.device):
         y, state = run(inp, gate, state, table(inp, cu_seqlens), outputs=True, recompute=recompute)
     assert y is not None
     return ScanOutput(y, state)

@@ -21,7 +21,7 @@ from mamba3.ops import chunked
 from mamba3.ops.discretize import discretize
 from mamba3.ops.ranks import per_rank
 from mamba3.ops.rotate import rotate_pairs, wrap
-from mamba3.ops.types import Gate, Inputs, State
+from mamba3.ops.types import Gate, Inputs, State, without_autocast
 from mamba3.ops.validation import check_inputs
 
 
@@ -66,7 +66,7 @@ def summarize(
         Inputs(x_bthp, dt_bth, A_bth, lam_bth, theta_bta, B_btrgn, B_btrgn, B_bias_hrn, None, mimo_x_hrp, None, tick_bth),
         Gate(), None, None,
     )  # fmt: skip
-    with torch.autocast(device_type=inp.x.device.type, enabled=False):
+    with without_autocast(inp.x.device):
         _, state = chunked.run(inp, Gate(), zero, chunked.table(inp, None), outputs=False, recompute=True)
         c = discretize(inp.dt, inp.A, inp.lam)
         log_decay = c.log_alpha.double().sum(1) if c.log_alpha.device.type != "mps" else c.log_alpha.sum(1)

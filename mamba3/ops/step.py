@@ -13,7 +13,7 @@ from mamba3.ops.discretize import discretize
 from mamba3.ops.gate import apply_gate
 from mamba3.ops.ranks import per_head, per_rank
 from mamba3.ops.rotate import rotate_pairs, wrap
-from mamba3.ops.types import Gate, Inputs, ScanOutput, State
+from mamba3.ops.types import Gate, Inputs, ScanOutput, State, without_autocast
 
 
 def _columns(x: Tensor, B: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +51,6 @@ def advance(inp: Inputs, gate: Gate, state: State, *, inplace: bool) -> ScanOutp
 
 def step(inp: Inputs, gate: Gate, state: State, *, inplace: bool = False) -> ScanOutput:
     """`advance` outside autocast; with `inplace` the given state itself is updated and returned."""
-    with torch.autocast(device_type=inp.x.device.type, enabled=False):
+    with without_autocast(inp.x.device):
         y, after = advance(inp, gate, state, inplace=inplace)
     return ScanOutput(y, state.copy_(after)) if inplace else ScanOutput(y, after)

@@ -8,6 +8,7 @@ needs. The law that tests hold it to: prefill(a + b) = prefill(b, state of prefi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,13 @@ from mamba3.ops import state_file
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that coefficients, angles and states are kept in beside inputs of `dtype`: float32, or float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which the recurrence computes in the dtypes it chose itself."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device_type=device.type, enabled=False)
 
 
 class State(NamedTuple):

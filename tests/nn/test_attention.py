@@ -47,7 +47,10 @@ def test_packs_of_unequal_caches():
     _, state = module.prefill(torch.cat(first, 1), cu_seqlens=[0, 3, 4, 11])
     y, state = module.prefill(torch.cat(second, 1), state, cu_seqlens=[0, 2, 7, 8])
     assert state.length.tolist() == [5, 6, 8]
-    expected = [naive(module, torch.cat(pair, 1))[:, n:] for pair, n in zip(zip(first, second, strict=True), lengths, strict=True)]
+    expected = [
+        naive(module, torch.cat(pair, 1))[:, n:]
+        for pair, n in zip(zip(first, second, strict=True), lengths, strict=True)
+    ]
     assert distance(y, torch.cat(expected, dim=1)) < 1e-10
     token = torch.randn(3, 16, dtype=torch.float64)
     with torch.no_grad():

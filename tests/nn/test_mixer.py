@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba3 import Mamba3
@@ -73,7 +73,8 @@ def test_every_parameter_learns(name):
     assert not silent
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.sampled_from(["siso", "mimo", "short convolution"]))
+@settings(max_examples=10)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.sampled_from(["siso", "mimo", "short convolution"]))
 def test_packs_with_states_are_separate(lengths, name):
     mixer = layer(**SETTINGS[name])
     pieces = [torch.randn(1, n, 16, dtype=torch.float64) for n in lengths]
@@ -197,10 +198,10 @@ def test_modules_are_copied_pickled_and_built_without_memory():
     assert not any(p.is_meta for p in Mamba3(**SMALL, device="cpu").parameters())
 
 
-@pytest.mark.parametrize("settings", [{}, {"mimo_rank": 2, "ngroups": 2}])
-def test_compiles_whole(settings):
+@pytest.mark.parametrize("kind", [{}, {"mimo_rank": 2, "ngroups": 2}])
+def test_compiles_whole(kind):
     """One graph for each verb, forward and backward, with the same result."""
-    mixer, u = layer(**settings).float(), torch.randn(2, 70, 16)
+    mixer, u = layer(**kind).float(), torch.randn(2, 70, 16)
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     expected = mixer(u)
     y = compiled(u)
@@ -211,7 +212,7 @@ def test_compiles_whole(settings):
     mixer.zero_grad()
     expected.square().sum().backward()
     assert max(distance(ours[n], p.grad) for n, p in mixer.named_parameters()) < 1e-4
-    _, state = mixer.prefill(u)
+    state = mixer.prefill(u)[1].detach()
     prefill = torch.compile(mixer.prefill, fullgraph=True, backend="aot_eager")
     assert distance(prefill(u, state)[0], mixer.prefill(u, state)[0]) < 1e-5
     with torch.no_grad():

@@ -79,7 +79,11 @@ def test_steps_have_the_gradients_of_the_reference(s):
 
 
 @settings(max_examples=15)
-@given(sizes(max_tokens=1), st.lists(st.integers(1, 140), min_size=1, max_size=4), st.sampled_from(["chunked", "reference"]))
+@given(
+    sizes(max_tokens=1),
+    st.lists(st.integers(1, 140), min_size=1, max_size=4),
+    st.sampled_from(["chunked", "reference"]),
+)
 def test_packed_is_separate_states_included(s, lengths, impl):
     s = Sizes(1, sum(lengths), s.g, s.per_group, s.p, s.n, s.a, s.r)
     values, start = inputs(s), random_state(s, batch=len(lengths))
@@ -88,7 +92,9 @@ def test_packed_is_separate_states_included(s, lengths, impl):
     for v in leaves:
         v.requires_grad_()
     pack = scan(**values, state=start, cu_seqlens=torch.tensor(cu, dtype=torch.int32), impl=impl)
-    parts = [scan(**tokens(values, a, b), state=start.select([i])) for i, (a, b) in enumerate(zip(cu, cu[1:], strict=False))]
+    parts = [
+        scan(**tokens(values, a, b), state=start.select([i])) for i, (a, b) in enumerate(zip(cu, cu[1:], strict=False))
+    ]
     y = torch.cat([part.y for part in parts], dim=1)
     assert distance(pack.y, y) < EXACT
     for i, part in enumerate(parts):
@@ -146,7 +152,9 @@ def test_rotation_is_the_complex_form(s):
     state = torch.zeros(s.b, s.h, s.p, a, dtype=torch.complex128)
     entering, ys = torch.zeros_like(state), []
     for t in range(s.t):
-        turn = torch.polar(torch.ones(s.b, s.h, a).double(), -v["theta_bta"][:, t, None] * dt[:, t, :, None]).unsqueeze(2)
+        turn = torch.polar(torch.ones(s.b, s.h, a).double(), -v["theta_bta"][:, t, None] * dt[:, t, :, None]).unsqueeze(
+            2
+        )
         alpha = (v["A_bth"] * dt)[:, t].exp()[..., None, None] * turn
         now = torch.einsum("bhp,bhn->bhpn", x[:, t].to(torch.complex128), B[:, t])
         weight = ((1 - lam) * dt)[:, t][..., None, None], (lam * dt)[:, t][..., None, None]
@@ -183,7 +191,9 @@ def test_extreme_decay(exponent, dtype):
     s = Sizes(b=1, t=130, n=6, a=2, r=2)
     values = inputs(s)
     values["dt_bth"] = torch.full_like(values["dt_bth"], 0.5)
-    exponents = torch.full_like(values["A_bth"], -1e-6) if exponent == "mixed" else torch.full_like(values["A_bth"], exponent)
+    exponents = (
+        torch.full_like(values["A_bth"], -1e-6) if exponent == "mixed" else torch.full_like(values["A_bth"], exponent)
+    )
     if exponent == "mixed":
         exponents[:, :40] = -50
     values["A_bth"] = exponents / 0.5
@@ -206,7 +216,9 @@ def test_backward_twice():
     s = Sizes(b=1, t=20, p=2, n=4, a=1, r=2)
     values = inputs(s)
     x, dt = values.pop("x_bthp").requires_grad_(), values.pop("dt_bth").requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x, dt: scan(x_bthp=x, dt_bth=dt, **values).y.sum().sin(), (x, dt), atol=1e-6)
+    assert torch.autograd.gradgradcheck(
+        lambda x, dt: scan(x_bthp=x, dt_bth=dt, **values).y.sum().sin(), (x, dt), atol=1e-6
+    )
 
 
 def test_memory_is_linear_and_never_tokens_by_state():

@@ -8,7 +8,17 @@ from mamba3.ops import State, apply, merge, scan, summarize
 from tests.ops.cases import distance, inputs, random_state, sizes, state_distance, tokens
 
 EXACT = 1e-10
-SUMMARY_ARGUMENTS = ("x_bthp", "dt_bth", "A_bth", "lam_bth", "theta_bta", "B_btrgn", "B_bias_hrn", "mimo_x_hrp", "tick_bth")
+SUMMARY_ARGUMENTS = (
+    "x_bthp",
+    "dt_bth",
+    "A_bth",
+    "lam_bth",
+    "theta_bta",
+    "B_btrgn",
+    "B_bias_hrn",
+    "mimo_x_hrp",
+    "tick_bth",
+)
 
 
 def summary_of(values, start, stop):
@@ -39,7 +49,10 @@ def test_merge_of_any_bracketing_is_the_scan(s, data):
 @given(sizes(max_tokens=65))
 def test_gradients_go_through_the_merge(s):
     values, start = inputs(s), random_state(s)
-    leaves = [values[name] for name in ("x_bthp", "dt_bth", "lam_bth", "theta_bta", "B_btrgn")] + [start.S, start.B_prev]
+    leaves = [values[name] for name in ("x_bthp", "dt_bth", "lam_bth", "theta_bta", "B_btrgn")] + [
+        start.S,
+        start.B_prev,
+    ]
     for v in leaves:
         v.requires_grad_()
     mimo, cut = values.get("mimo_x_hrp"), max(1, s.t // 2)
