@@ -153,10 +153,10 @@ def test_folders_that_hold_no_model(tmp_path):
     with pytest.raises(ValueError, match=r"layers.0.mixer.B_bias has shape \(4, 1, 8\), not \(4, 1, 16\)"):
         Mamba3LM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "layers": ["mamba3"] * 3}))
-    with pytest.raises(ValueError, match="missing layers.2"):
+    with pytest.raises(ValueError, match=r"missing layers\.2"):
         Mamba3LM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "layers": ["mamba3"]}))
-    with pytest.raises(ValueError, match="unknown layers.1"):
+    with pytest.raises(ValueError, match=r"unknown layers\.1"):
         Mamba3LM.from_pretrained(tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path, monkeypatch):
     model, ids = tiny(dtype=torch.float32), torch.randint(0, 50, (1, 5))
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left on device.*untouched"):
+    with pytest.raises(OSError, match=r"No space left on device.*untouched"):
         tiny(seed=3, dtype=torch.float32).save_pretrained(tmp_path)
     monkeypatch.undo()
     assert torch.equal(Mamba3LM.from_pretrained(tmp_path)(ids), model(ids))

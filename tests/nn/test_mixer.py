@@ -136,7 +136,7 @@ def test_inputs_that_do_not_fit():
         mixer.step(torch.zeros(2, 3, 16), mixer.init_state(2))
     with pytest.raises(ValueError, match="must end at the number of tokens"):
         mixer(torch.zeros(1, 5, 16), cu_seqlens=[0, 4])
-    with pytest.raises(ValueError, match="state.phi has s = 3"):
+    with pytest.raises(ValueError, match=r"state\.phi has s = 3"):
         mixer.prefill(torch.zeros(2, 4, 16), mixer.init_state(3))
     with pytest.raises(ValueError, match="batch_size must be a positive integer"):
         mixer.init_state(0)

@@ -1,5 +1,6 @@
 """The laws of the recurrence: every implementation is the definition, and any split is the whole."""
 
+import itertools
 import math
 
 import pytest
@@ -92,9 +93,7 @@ def test_packed_is_separate_states_included(s, lengths, impl):
     for v in leaves:
         v.requires_grad_()
     pack = scan(**values, state=start, cu_seqlens=torch.tensor(cu, dtype=torch.int32), impl=impl)
-    parts = [
-        scan(**tokens(values, a, b), state=start.select([i])) for i, (a, b) in enumerate(zip(cu, cu[1:], strict=False))
-    ]
+    parts = [scan(**tokens(values, a, b), state=start.select([i])) for i, (a, b) in enumerate(itertools.pairwise(cu))]
     y = torch.cat([part.y for part in parts], dim=1)
     assert distance(pack.y, y) < EXACT
     for i, part in enumerate(parts):
@@ -180,7 +179,7 @@ def test_order_of_convergence(lam, order):
         return abs(state.S.item() - exact)
 
     errors = [error(steps) for steps in (100, 200, 400)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.05)
 
 

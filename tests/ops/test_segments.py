@@ -1,5 +1,7 @@
 """Segments: the merge is associative and equals the scan."""
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +36,7 @@ def test_merge_of_any_bracketing_is_the_scan(s, data):
     values, start = inputs(s, tick=True), random_state(s)
     mimo = values.get("mimo_x_hrp")
     cuts = [0, *sorted(data.draw(st.sets(st.integers(1, s.t - 1), max_size=2))), s.t] if s.t > 1 else [0, 1]
-    parts = [summary_of(values, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [summary_of(values, a, b) for a, b in itertools.pairwise(cuts)]
     left, right = parts[0], parts[-1]
     for part in parts[1:]:
         left = merge(left, part, mimo)

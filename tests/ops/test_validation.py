@@ -19,7 +19,7 @@ def changed(**changes):
         ({"x_bthp": torch.zeros(2, 6, 2)}, "x must have the 4 dimensions"),
         ({"dt_bth": torch.zeros(2, 5, 2).double()}, "dt has t = 5"),
         ({"theta_bta": torch.zeros(2, 6, 3).double()}, "turns 3 pairs"),
-        ({"B_btrgn": torch.zeros(2, 6, 1, 3, 4).double(), "C_btrgn": torch.zeros(2, 6, 1, 3, 4).double()}, "multiple of groups"),
+        ({name: torch.zeros(2, 6, 1, 3, 4).double() for name in ("B_btrgn", "C_btrgn")}, "multiple of groups"),
         ({"C_btrgn": torch.zeros(2, 6, 1, 1, 5).double()}, "C has n = 5"),
         ({"x_bthp": torch.zeros(2, 6, 2, 3, dtype=torch.long)}, "floating dtype"),
         ({"D_h": torch.zeros(2, device="meta").double()}, "D is on meta but x is on cpu"),
