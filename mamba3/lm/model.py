@@ -239,7 +239,7 @@ class Mamba3LM(nn.Module):
         expected = model.state_dict()
         check_weights(expected, weights, source)
         model = model.to_empty(device=device or "cpu")
-        model.load_state_dict({name: value.to(expected[name].dtype) for name, value in weights.items()})
+        model.load_state_dict(weights)
         return model
 
     # -- checks
@@ -275,7 +275,7 @@ def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], sourc
             continue
         if value.shape != expected[name].shape:
             problems.append(f"{name} has shape {tuple(value.shape)}, not {tuple(expected[name].shape)}")
-        elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        elif value.is_floating_point() and not all(bool(v.isfinite()) for v in value.aminmax()):
             problems.append(f"{name} holds NaN or infinity")
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
