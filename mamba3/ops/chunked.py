@@ -12,6 +12,7 @@ memory is linear in tokens and holds no per-head B or C, let alone a (tokens, h,
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,50 +20,27 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mamba3.ops import packed
+from mamba3.ops.decay import Between, Decays, decays
 from mamba3.ops.discretize import discretize
 from mamba3.ops.gate import apply_gate
 from mamba3.ops.packed import Chunks
 from mamba3.ops.ranks import per_head, per_rank
-from mamba3.ops.rotate import phase_dtype, rotate_pairs, rotate_pairs_, wrap
+from mamba3.ops.rotate import BiasedRotation, phase_dtype, rotate_pairs, wrap
 from mamba3.ops.types import Gate, Inputs, ScanOutput, State, without_autocast
 
 ROWS_PER_CHUNK = 64
 # Rows a block: on a CPU what a block touches should stay in the second-level cache; a GPU wants to be filled.
-BLOCK_ROWS_CPU = 256
+BLOCK_ROWS_CPU = 128
 BLOCK_ROWS_GPU = 16384
 
 
-class Decays(NamedTuple):
-    """Of a block: between [k h l s] (diagonal gamma), into [k h l], out [k h l] (times w), total [k h]."""
-
-    between: Tensor
-    into: Tensor
-    out: Tensor
-    total: Tensor
-
-
-def decays(log_alpha: Tensor, w: Tensor, gamma: Tensor, dtype: torch.dtype) -> Decays:
-    """Decay factors of each chunk from [k, l, h] coefficients; exponents are float64 sums, their differences `dtype`."""
-    sums = log_alpha.to(phase_dtype(log_alpha.device)).cumsum(1).transpose(1, 2)
-    w, gamma = w.transpose(1, 2), gamma.transpose(1, 2)
-    l = sums.shape[-1]
-    exponent = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(dtype)
-    not_past = torch.full((l, l), -torch.inf, dtype=dtype, device=sums.device).triu()
-    between = (exponent + not_past).exp() * w.unsqueeze(-2)
-    between.diagonal(dim1=-2, dim2=-1).add_(gamma)
-    out = (sums[..., -1:] - sums).to(dtype).exp() * w
-    return Decays(between, sums.to(dtype).exp(), out, sums[..., -1].to(dtype).exp())
-
-
-def phases(theta: Tensor, tick: Tensor, phi: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
-    """Cumulative angles [k, h, l, a] of a block that starts at phi [s, h, a], and phi after it."""
-    turned = (tick.transpose(1, 2).unsqueeze(-1) * theta.unsqueeze(1)).cumsum(2)
-    starts = []
-    for total in turned[:, :, -1].to(phi.dtype).chunk(ranks):
-        starts.append(phi)
-        phi = wrap(phi + total)
-    start = starts[0] if ranks == 1 else torch.cat(starts)
-    return turned + start.to(turned.dtype).unsqueeze(2), phi
+def phases(theta: Tensor, tick: Tensor, phi: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor]:
+    """From theta [k, l, a] and tick [k, h, l]: the angle before each chunk [k, h, a], and after each sequence [s, h, a]."""
+    wide = phase_dtype(phi.device)
+    turned = tick.to(wide) @ theta.to(wide)
+    before, after = chunks.sums_along_sequences(turned)
+    starts = wrap(chunks.spread(phi.to(wide)) + before)
+    return starts.to(theta.dtype), wrap(phi.to(wide) + after).to(theta.dtype)
 
 
 def pass_states(local: Tensor, total: Tensor, S: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
@@ -74,65 +52,85 @@ def pass_states(local: Tensor, total: Tensor, S: Tensor, ranks: int) -> tuple[Te
     return (entering[0] if ranks == 1 else torch.cat(entering)), S
 
 
-def _heads_first(v: Tensor) -> Tensor:
-    """[k, l, r, h, n] to [k, h, l r, n]: a token's ranks become rows."""
-    return v.permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def rotated(B: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, wide: torch.dtype) -> Tensor:
-    """B [k, l, r, g, n] to rows [k, h, l r, n], biased and rotated by cos, sin [k, h, l, a], back in the dtype of B."""
-    k, l, r, g, n = B.shape
-    h = cos.shape[1]
-    rows = B.to(wide).permute(0, 3, 1, 2, 4).unsqueeze(2).expand(k, g, h // g, l, r, n)
-    rows = (rows.contiguous() if bias is None else rows + bias.unflatten(0, (g, h // g)).unsqueeze(2)).flatten(1, 2)
-    rotate = rotate_pairs if torch.is_grad_enabled() else rotate_pairs_
-    return rotate(rows, cos.unsqueeze(3), sin.unsqueeze(3)).to(B.dtype).flatten(2, 3)
-
-
-class Plan(NamedTuple):
-    """What all blocks of one call share."""
-
-    inp: Inputs
-    gate: Gate
-    chunks: Chunks
-    tick: Tensor
-    log_alpha: Tensor
-    w: Tensor
-    gamma: Tensor
-    outputs: bool
-
-
-def _block(plan: Plan, start: int, stop: int, S: Tensor, phi: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-    """y of chunk ranks start..stop [k, l, ...] (None without outputs), and the state after them."""
-    inp, gate = plan.inp, plan.gate
-    take, coefficient = (
-        lambda v: plan.chunks.take(v, start, stop),
-        lambda v: plan.chunks.take_coefficient(v, start, stop),
+def rotated(v: Tensor, bias: Tensor | None, angle: Tensor, wide: torch.dtype) -> Tensor:
+    """v [q, k, l, r, g, n] to rows [q, k, h, l r, n], with bias [q, h, r, n], turned by angle [k, h, l, a]; dtype of v."""
+    q, k, l, r, g, n = v.shape
+    h = angle.shape[1]
+    shared = (
+        v.to(wide).permute(0, 1, 4, 2, 3, 5).unsqueeze(3).expand(q, k, g, h // g, l, r, n).reshape(q, k, h, l, r, n)
     )
-    dtype, wide = inp.x.dtype, inp.wide
-    decay = decays(coefficient(plan.log_alpha), coefficient(plan.w), coefficient(plan.gamma), wide)
-    angle, phi = phases(take(inp.theta), coefficient(plan.tick), phi, stop - start)
-    cos, sin = angle.cos(), angle.sin()
-    B = rotated(take(inp.B), inp.B_bias, cos, sin, wide)
-    x = _heads_first(per_rank(take(inp.x), inp.mimo_x).to(dtype))
+    bias = None if bias is None else bias.view(q, 1, h, 1, r, n)
+    return BiasedRotation.apply(shared, bias, angle.unsqueeze(3)).to(v.dtype).flatten(3, 4)
 
-    k, h, rows, _ = x.shape
-    by_token = (rows // inp.rank, inp.rank)
-    weighted = (x.unflatten(2, by_token) * decay.out[..., None, None].to(dtype)).flatten(2, 3)
+
+class Block(NamedTuple):
+    """One block's share: x, theta, B, C, z [k, l, ...]; tick [k, h, l]; start [k, h, a], the angle before each chunk."""
+
+    x: Tensor
+    theta: Tensor
+    B: Tensor
+    C: Tensor | None
+    z: Tensor | None
+    tick: Tensor
+    start: Tensor
+    decay: Decays
+
+
+def _work(
+    block: Block, inp: Inputs, gate: Gate, bias: Tensor | None, S: Tensor, ranks: int
+) -> tuple[Tensor | None, Tensor]:
+    """y of a block of `ranks` chunks a sequence, [k, l, ...] (None without C), and the state after it."""
+    dtype, wide, decay = inp.x.dtype, inp.wide, block.decay
+    angle = (block.tick.unsqueeze(-1) * block.theta.unsqueeze(1)).cumsum(2) + block.start.unsqueeze(2)
+    shared = torch.stack([block.B] if block.C is None else [block.B, block.C])
+    B, *C = rotated(shared, bias, angle, wide).unbind(0)
+    x = per_rank(block.x, inp.mimo_x).to(dtype).permute(0, 3, 1, 2, 4).contiguous()
+
+    by_token = x.shape[2:4]
+    weighted = (x * decay.out[..., None, None].to(dtype)).flatten(2, 3)
     local = weighted.transpose(-1, -2) @ B
-    entering, S = pass_states(local.to(wide), decay.total, S, stop - start)
-    if not plan.outputs:
-        return None, S, phi
+    entering, S = pass_states(local.to(wide), decay.total, S, ranks)
+    if not C:
+        return None, S
 
-    C = rotated(take(inp.C), inp.C_bias, cos, sin, wide)
-    scores = (C @ B.transpose(-1, -2)).view(k, h, *by_token, *by_token)
-    scores = (scores * decay.between[:, :, :, None, :, None]).to(dtype).view(k, h, rows, rows)
-    inter = (C @ entering.to(dtype).transpose(-1, -2)).unflatten(2, by_token)
-    y = torch.addcmul((scores @ x).unflatten(2, by_token).to(wide), inter.to(wide), decay.into[..., None, None])
+    scores = (C[0] @ B.transpose(-1, -2)).unflatten(3, by_token).unflatten(2, by_token)
+    scores = (
+        (scores * Between.apply(decay.sums, decay.w, decay.gamma)[:, :, :, None, :, None])
+        .to(dtype)
+        .flatten(4, 5)
+        .flatten(2, 3)
+    )
+    intra = (scores @ x.flatten(2, 3)).unflatten(2, by_token)
+    inter = (C[0] @ entering.to(dtype).transpose(-1, -2)).unflatten(2, by_token)
+    y = torch.addcmul(intra.to(wide), inter.to(wide), decay.into[..., None, None])
     if inp.D is not None:
-        y = torch.addcmul(y, x.unflatten(2, by_token).to(wide), inp.D[:, None, None, None].to(wide))
+        y = torch.addcmul(y, x.to(wide), inp.D[:, None, None, None].to(wide))
     y = y.permute(0, 2, 3, 1, 4)
-    return (y if gate.z is None else apply_gate(y, gate._replace(z=take(gate.z)))).to(dtype), S, phi
+    return (y if block.z is None else apply_gate(y, gate._replace(z=block.z))).to(dtype), S
+
+
+def plan(
+    inp: Inputs, gate: Gate, state: State, chunks: Chunks, outputs: bool
+) -> tuple[list[tuple[Block, int]], Tensor]:
+    """What does not depend on the state S: the blocks, each with its number of sequences, and the angle after each one."""
+    rows = BLOCK_ROWS_CPU if inp.x.device.type == "cpu" else BLOCK_ROWS_GPU
+    spans = list(chunks.blocks(max(1, rows // inp.rank)))
+    sizes = [(stop - start) * n for start, stop, n in spans]
+    c = discretize(inp.dt, inp.A, inp.lam)
+    decay = decays(*(chunks.coefficient(v) for v in (c.log_alpha, c.gamma + chunks.next_halo(c.halo), c.gamma)))
+    tick = chunks.coefficient(inp.dt if inp.tick is None else inp.tick).transpose(1, 2)
+    thetas = chunks.pieces(inp.theta, spans)
+    starts, phi = phases(torch.cat(thetas), tick, state.phi, chunks)
+
+    def each(v: Tensor | None) -> list[Tensor] | list[None]:
+        return [None] * len(spans) if v is None or not outputs else chunks.pieces(v, spans)
+
+    blocks = zip(
+        chunks.pieces(inp.x, spans), thetas, chunks.pieces(inp.B, spans), each(inp.C), each(gate.z),
+        tick.split(sizes), starts.split(sizes), zip(*(v.split(sizes) for v in decay), strict=True), strict=True,
+    )  # fmt: skip
+    made = [Block(*shares, Decays(*factors)) for *shares, factors in blocks]  # pyright: ignore[reportCallIssue]
+    return [(block, n) for block, (_, _, n) in zip(made, spans, strict=True)], phi
 
 
 def entering_state(inp: Inputs, state: State, halo: Tensor) -> Tensor:
@@ -147,36 +145,48 @@ def last_rotated(inp: Inputs, chunks: Chunks, phi: Tensor) -> Tensor:
     return rotate_pairs(B, phi.cos().unsqueeze(1), phi.sin().unsqueeze(1)).to(inp.B.dtype)
 
 
+def _stacked_bias(inp: Inputs, nheads: int, outputs: bool) -> Tensor | None:
+    """The biases of B and C as one tensor [q, h, r, n], or None where neither has one."""
+    wanted = (inp.B_bias, inp.C_bias) if outputs else (inp.B_bias,)
+    if all(bias is None for bias in wanted):
+        return None
+    zero = torch.zeros(nheads, inp.rank, inp.B.shape[-1], dtype=inp.wide, device=inp.B.device)
+    return torch.stack([zero if bias is None else bias.to(inp.wide) for bias in wanted])
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """glibc gives freed blocks back to the system and faults them in again, page by page, for every block of the scan
+    (seen with glibc 2.36: up to 5 times slower); it stops once it has freed a mapping of 32 MiB, its largest threshold."""
+    del_me = torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    del del_me
+
+
 def run(
     inp: Inputs, gate: Gate, state: State, chunks: Chunks, *, outputs: bool, recompute: bool
 ) -> tuple[Tensor | None, State]:
     """All blocks in order; y is None when `outputs` is False (a segment's summary needs the state alone)."""
-    c = discretize(inp.dt, inp.A, inp.lam)
-    w = c.gamma + chunks.next_halo(c.halo)
-    tick = inp.dt if inp.tick is None else inp.tick
-    plan = Plan(inp, gate, chunks, tick, c.log_alpha, w, c.gamma, outputs)
-    S, phi = entering_state(inp, state, chunks.first_token(c.halo)), state.phi.to(phase_dtype(state.phi.device))
-    if chunks.order is not None:
-        S, phi = S.index_select(0, chunks.order), phi.index_select(0, chunks.order)
-    recompute = recompute and torch.is_grad_enabled()
-    rows = BLOCK_ROWS_CPU if inp.x.device.type == "cpu" else BLOCK_ROWS_GPU
-
+    if inp.x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _keep_freed_memory()
+    blocks, phi = plan(inp, gate, state, chunks, outputs)
+    bias = _stacked_bias(inp, state.S.shape[1], outputs)
+    S = entering_state(inp, state, chunks.first_token((1 - inp.lam) * inp.dt))
+    S = S if chunks.order is None else S.index_select(0, chunks.order)
     ys, finished = [], []
-    for start, stop, n in chunks.blocks(max(1, rows // inp.rank)):
+    for block, n in blocks:
         if n < S.shape[0]:
-            finished.append((S[n:], phi[n:]))
-            S, phi = S[:n], phi[:n]
-        if recompute:
-            y, S, phi = checkpoint(_block, plan, start, stop, S, phi, use_reentrant=False, preserve_rng_state=False)
+            finished.append(S[n:])
+            S = S[:n]
+        arguments = (block, inp, gate, bias, S, block.x.shape[0] // n)
+        if recompute and torch.is_grad_enabled():
+            y, S = checkpoint(_work, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, S, phi = _block(plan, start, stop, S, phi)
+            y, S = _work(*arguments)
         ys.append(y)
-    finished.append((S, phi))
-    S, phi = (torch.cat([pair[i] for pair in reversed(finished)]) for i in (0, 1))
+    if finished:
+        S = torch.cat([S, *reversed(finished)])
     if chunks.order is not None:
-        back = torch.argsort(chunks.order)
-        S, phi = S.index_select(0, back), phi.index_select(0, back)
-    phi = phi.to(inp.wide)
+        S = S.index_select(0, torch.argsort(chunks.order))
     final = State(phi, S, last_rotated(inp, chunks, phi), chunks.last_token(inp.x), state.conv)
     return (chunks.put(ys) if outputs else None), final
 
@@ -192,7 +202,7 @@ def table(inp: Inputs, cu_seqlens: list[int] | None) -> Chunks:
     length = min(chunk_length(inp.rank), tokens)
     if cu_seqlens is None:
         return packed.dense(batch, tokens, length)
-    return packed.packed(cu_seqlens, length, inp.x.device)
+    return packed.packed(tuple(cu_seqlens), length, inp.x.device)
 
 
 def scan(inp: Inputs, gate: Gate, state: State, cu_seqlens: list[int] | None, *, recompute: bool = True) -> ScanOutput:

@@ -8,6 +8,7 @@ them steps that change nothing (alpha = 1, gamma = halo = 0, no rotation).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,14 +22,16 @@ class Chunks:
     """The table: how tokens lie in chunks of `length` rows.
 
     running[j]: how many sequences have a chunk j. tokens: tokens a sequence (dense) or in the pack.
-    Packed only: order [s] lists sequences longest first; rows [k, l] is the token of each chunk row, clamped to the
-    sequence's last; filled [k, l] is False where a row fills up; slots [t] is where each token went.
+    Packed only: order [s] lists sequences longest first; sequence [k] is that of each chunk; rows [k, l] is the token of
+    each chunk row, clamped to the sequence's last; filled [k, l] is False where a row fills up; slots [t] is where each
+    token went; last [s] is each sequence's last token.
     """
 
     length: int
     running: tuple[int, ...]
     tokens: int
     order: Tensor | None = None
+    sequence: Tensor | None = None
     rows: Tensor | None = None
     filled: Tensor | None = None
     slots: Tensor | None = None
@@ -45,28 +48,51 @@ class Chunks:
             yield start, stop, n
             start = stop
 
-    def take(self, v: Tensor, start: int, stop: int) -> Tensor:
-        """Rows of chunk ranks start..stop of v [b, t, ...] as [k, l, ...]; what fills up repeats or is zero."""
-        if self.rows is not None:
-            first, last = sum(self.running[:start]), sum(self.running[:stop])
-            rows = self.rows[first:last]
-            return v[0].index_select(0, rows.reshape(-1)).unflatten(0, rows.shape)
-        span = v[:, start * self.length : stop * self.length]
-        missing = (stop - start) * self.length - span.shape[1]
-        if missing:
-            span = F.pad(span, (0, 0) * (v.ndim - 2) + (0, missing))
-        return span.unflatten(1, (stop - start, self.length)).transpose(0, 1).flatten(0, 1)
+    def pieces(self, v: Tensor, blocks: list[tuple[int, int, int]]) -> list[Tensor]:
+        """v [b, t, ...] in chunks, [k, l, ...] for each block; what fills up repeats the last token, or is zero.
 
-    def take_coefficient(self, v: Tensor, start: int, stop: int) -> Tensor:
-        """`take` of a coefficient: zero where a row fills up."""
-        taken = self.take(v, start, stop)
-        if self.filled is None:
-            return taken
-        first, last = sum(self.running[:start]), sum(self.running[:stop])
-        return torch.where(self.filled[first:last].unsqueeze(-1), taken, 0)
+        One split and no slices: the gradient of a slice is a tensor of the size of the whole.
+        """
+        if self.rows is not None:
+            taken = v[0].index_select(0, self.rows.reshape(-1)).unflatten(0, self.rows.shape)
+            return list(taken.split([(stop - start) * n for start, stop, n in blocks]))
+        spans = list(
+            v.split([min(stop * self.length, self.tokens) - start * self.length for start, stop, _ in blocks], dim=1)
+        )
+        missing = len(self.running) * self.length - self.tokens
+        if missing:
+            spans[-1] = F.pad(spans[-1], (0, 0) * (v.ndim - 2) + (0, missing))
+        return [span.unflatten(1, (-1, self.length)).transpose(0, 1).flatten(0, 1) for span in spans]
+
+    def coefficient(self, v: Tensor) -> Tensor:
+        """v [b, t, h] in chunks, [k, l, h]; zero where a row fills up."""
+        if self.rows is None or self.filled is None:
+            return self.pieces(v, [(0, len(self.running), self.running[0])])[0]
+        taken = v[0].index_select(0, self.rows.reshape(-1)).unflatten(0, self.rows.shape)
+        return torch.where(self.filled.unsqueeze(-1), taken, 0)
+
+    def spread(self, v: Tensor) -> Tensor:
+        """v [s, ...] of each sequence to each of its chunks, [k, ...]."""
+        if self.sequence is not None:
+            return v.index_select(0, self.sequence)
+        return v.unsqueeze(0).expand(len(self.running), *v.shape).flatten(0, 1)
+
+    def sums_along_sequences(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """v [k, ...] summed over the chunks before each one in its sequence, [k, ...], and over all of them, [s, ...]."""
+        if self.sequence is None:
+            by_rank = v.unflatten(0, (len(self.running), self.running[0]))
+            sums = by_rank.cumsum(0)
+            return (sums - by_rank).flatten(0, 1), sums[-1]
+        in_order = torch.argsort(self.sequence, stable=True)
+        v = v.index_select(0, in_order)
+        sums = F.pad(v.cumsum(0), (0, 0) * (v.ndim - 1) + (1, 0))
+        ends = F.pad(torch.bincount(self.sequence).cumsum(0), (1, 0))
+        start = sums.index_select(0, ends[:-1])
+        before = sums[:-1] - start.index_select(0, self.sequence.index_select(0, in_order))
+        return before.index_select(0, torch.argsort(in_order)), sums.index_select(0, ends[1:]) - start
 
     def put(self, blocks: list[Tensor]) -> Tensor:
-        """The inverse of `take` over all blocks: [k, l, ...] pieces to [b, t, ...]."""
+        """The inverse of `pieces`: [k, l, ...] pieces to [b, t, ...]."""
         y = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         if self.slots is not None:
             return y.flatten(0, 1).index_select(0, self.slots).unsqueeze(0)
@@ -94,9 +120,10 @@ def dense(batch: int, tokens: int, length: int) -> Chunks:
     return Chunks(length=length, running=(batch,) * -(-tokens // length), tokens=tokens)
 
 
-def packed(cu_seqlens: list[int], length: int, device: torch.device) -> Chunks:
+@functools.lru_cache(maxsize=16)
+def packed(cu_seqlens: tuple[int, ...], length: int, device: torch.device) -> Chunks:
     """The table of sequences that lie one after another; cu_seqlens as in `mamba3.ops.scan`."""
-    cu = torch.tensor(cu_seqlens)
+    cu = torch.tensor(cu_seqlens, device="cpu")
     lengths = cu.diff()
     counts = (lengths + length - 1) // length
     order = torch.argsort(lengths, descending=True, stable=True)
@@ -111,6 +138,8 @@ def packed(cu_seqlens: list[int], length: int, device: torch.device) -> Chunks:
     slots[rows[filled]] = torch.arange(rows.numel()).view_as(rows)[filled]
     on_device = {
         name: value.to(device)
-        for name, value in dict(order=order, rows=rows, filled=filled, slots=slots, last=cu[1:] - 1).items()
+        for name, value in dict(
+            order=order, sequence=sequence, rows=rows, filled=filled, slots=slots, last=cu[1:] - 1
+        ).items()
     }
     return Chunks(length=length, running=running, tokens=cu_seqlens[-1], **on_device)
