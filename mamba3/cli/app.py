@@ -1,0 +1,47 @@
+"""The commands in one table, and what becomes of an error: one red line and exit code 1; Ctrl-C is 130."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from mamba3.cli.console import errors
+from mamba3.cli.convert import convert
+from mamba3.cli.demo import demo
+from mamba3.cli.generate import generate
+from mamba3.cli.info import info
+from mamba3.cli.interrupt import INTERRUPTED
+from mamba3.cli.train import train
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: typer.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (ValueError, OSError, ArithmeticError) as error:
+            errors.print(f"[bold red]error:[/] [red]{escape(' '.join(str(error).split()))}[/]", soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Mamba-3: train, generate and look inside, on any machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (train, generate, info, convert, demo):
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits the process."""
+    app(arguments)

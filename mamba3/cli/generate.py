@@ -1,0 +1,98 @@
+"""`mamba3 generate`: text on stdout as it comes, from a prompt, a saved state, or both."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mamba3.cli.console import errors
+
+_CONTEXT = 8  # tokens of the prompt's end that may decide how the next token is spelled
+
+
+def generate(
+    model: Annotated[Path, typer.Option(help="a model folder, or the folder of a training run")] = Path("run"),
+    prompt: Annotated[str, typer.Option(help="text to continue; may be empty")] = "",
+    prompt_file: Annotated[Path | None, typer.Option(help="read the prompt from this file")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, if none lies beside the model")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to choose at most")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="keep the k likeliest tokens; 0 keeps all")] = 0,
+    top_p: Annotated[float, typer.Option(help="keep the likeliest tokens whose mass reaches p")] = 0.95,
+    min_p: Annotated[float, typer.Option(help="keep tokens at least this share as likely as the likeliest")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1: tokens seen before become less likely")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="of the draws; a saved state goes on with its own")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be given several times")] = None,
+    state_in: Annotated[Path | None, typer.Option(help="go on from this state")] = None,
+    state_out: Annotated[Path | None, typer.Option(help="save the state here at the end")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="dtype of the weights; as saved if absent")] = None,
+) -> None:
+    """Continue a text. Going on from --state-in with no prompt gives the tokens of never having stopped."""
+    from mamba3.cli.interrupt import INTERRUPTED, stop_on_interrupt
+    from mamba3.cli.models import load_model
+    from mamba3.cli.session import Session, StopText
+    from mamba3.lm.generate import Sampling
+    from mamba3.train.tokenizer import TextStream, encode, end_of_text
+
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1 but is {max_new_tokens}.")
+    if state_out is not None and not state_out.parent.is_dir():
+        raise ValueError(
+            f"--state-out must lie in a folder that exists, but {state_out.parent} is none; make it first."
+        )
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    text = _prompt(prompt, prompt_file)
+    lm, encoder = load_model(model, tokenizer, device, dtype)
+    session = Session.load(state_in, lm) if state_in else Session.new(lm)
+    if seed is not None:
+        session.generator.manual_seed(seed)
+    ids = encode(encoder, [text])[0].tolist()
+    session.add(ids)
+    end = end_of_text(encoder)
+    if not session.unread:
+        session.add([end])  # documents begin after an end-of-text token
+    decoder, output = TextStream(encoder, ids[-_CONTEXT:] or session.context), StopText(stop or [])
+    began, count = time.perf_counter(), 0
+    with stop_on_interrupt("Stopping after this token") as should_stop:
+        for token in session.tokens(sampling, max_new_tokens):
+            count += 1
+            if token == end:
+                break
+            _write(output.push(decoder.push(token)))
+            if output.found or should_stop():
+                break
+        stopped = should_stop()
+    session.context = decoder.context
+    if not output.found:  # a character that is incomplete is completed by whoever goes on
+        _write(output.push("" if state_out else decoder.finish()) + output.finish())
+    if sys.stdout.isatty():
+        _write("\n")
+    seconds = time.perf_counter() - began
+    errors.print(f"[dim]{count} tokens in {seconds:.2f} s, {count / seconds:,.1f} tokens/s[/]")
+    if state_out is not None:
+        session.save(state_out)
+    if stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _prompt(prompt: str, file: Path | None) -> str:
+    if file is None:
+        return prompt
+    if prompt:
+        raise ValueError("--prompt and --prompt-file exclude each other, but both came; give one.")
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"--prompt-file must name a text file, but {file} does not exist.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file must be UTF-8 text, but {file} is not ({error}).") from error
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

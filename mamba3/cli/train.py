@@ -1,0 +1,160 @@
+"""`mamba3 train`: a corpus and a few numbers into a run folder."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mamba3.cli.console import console
+from mamba3.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from mamba3.lm import Mamba3Config
+    from mamba3.train import Trainer
+
+_DEFAULT = TrainConfig()
+_DATA, _MODEL, _OPTIMISATION, _RUN = "Data", "Model", "Optimisation", "Run"
+# The model of `mamba3 train` without a preset: small enough for a laptop's processor.
+_SMALL: dict[str, Any] = {"d_model": 256, "d_state": 64, "headdim": 64}
+_SMALL_LAYERS = 4
+
+
+def _setting(field: str, help: str, panel: str) -> Any:
+    """An option for a field of TrainConfig: absent means the configuration file's value, or the field's default."""
+    return typer.Option(
+        help=f"{help} (default: {_shown(getattr(_DEFAULT, field))})", show_default=False, rich_help_panel=panel
+    )
+
+
+def _shown(value: object) -> str:
+    return "every text file" if value == "" else "4096" if value is None else str(value)
+
+
+def _shape(help: str) -> Any:
+    return typer.Option(help=help, show_default=False, rich_help_panel=_MODEL)
+
+
+def train(
+    corpus: Annotated[Path, typer.Argument(help="a text file, a folder or a file of JSON lines")],
+    out: Annotated[Path, typer.Option(help="the run's folder", rich_help_panel=_RUN)] = Path("run"),
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file of settings; options beside it win", rich_help_panel=_RUN)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="demand a checkpoint to go on from", rich_help_panel=_RUN)
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="discard the folder's run", rich_help_panel=_RUN)] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_RUN)] = "auto",
+    eval_every: Annotated[int | None, _setting("eval_every", "steps between validations", _RUN)] = None,
+    eval_tokens: Annotated[int | None, _setting("eval_tokens", "held-out tokens read at most, 0 for all", _RUN)] = None,
+    save_every: Annotated[int | None, _setting("save_every", "steps between checkpoints", _RUN)] = None,
+    keep: Annotated[int | None, _setting("keep", "checkpoints kept", _RUN)] = None,
+    glob: Annotated[str | None, _setting("glob", "files of a folder, such as '*.py'", _DATA)] = None,
+    field: Annotated[str | None, _setting("field", "key of a JSON line that holds the text", _DATA)] = None,
+    tokenizer: Annotated[str | None, _setting("tokenizer", "byte, bpe or a tokenizer.json", _DATA)] = None,
+    vocab_size: Annotated[int | None, _setting("vocab_size", "size of a trained BPE vocabulary", _DATA)] = None,
+    val_fraction: Annotated[float | None, _setting("val_fraction", "share held out", _DATA)] = None,
+    seq_len: Annotated[int | None, _setting("seq_len", "tokens of the longest piece", _DATA)] = None,
+    batch_tokens: Annotated[int | None, _setting("batch_tokens", "tokens of a step", _DATA)] = None,
+    seed: Annotated[int | None, _setting("seed", "of weights and data order", _DATA)] = None,
+    preset: Annotated[str | None, _shape("a size of the paper, such as siso-180m; the options below change it")] = None,
+    layers: Annotated[int | None, _shape(f"number of layers (default: {_SMALL_LAYERS})")] = None,
+    attention_every: Annotated[
+        int | None, _shape("every so many layers one is attention (6 is the paper's 5:1)")
+    ] = None,
+    d_model: Annotated[int | None, _shape(f"width (default: {_SMALL['d_model']})")] = None,
+    d_state: Annotated[int | None, _shape(f"state channels (default: {_SMALL['d_state']})")] = None,
+    headdim: Annotated[int | None, _shape(f"channels of a head (default: {_SMALL['headdim']})")] = None,
+    expand: Annotated[float | None, _shape("inner width over width (default: 2)")] = None,
+    ngroups: Annotated[int | None, _shape("groups of B and C (default: 1)")] = None,
+    mimo_rank: Annotated[int | None, _shape("rank R; 1 is SISO (default: 1)")] = None,
+    d_intermediate: Annotated[int | None, _shape("inner width of the MLP, 0 for none (default: 2 x width)")] = None,
+    steps: Annotated[int | None, _setting("steps", "optimizer steps", _OPTIMISATION)] = None,
+    lr: Annotated[float | None, _setting("lr", "peak learning rate", _OPTIMISATION)] = None,
+    warmup_steps: Annotated[int | None, _setting("warmup_steps", "steps of rise", _OPTIMISATION)] = None,
+    min_lr_fraction: Annotated[float | None, _setting("min_lr_fraction", "end over peak", _OPTIMISATION)] = None,
+    weight_decay: Annotated[float | None, _setting("weight_decay", "AdamW's", _OPTIMISATION)] = None,
+    decay_bc_bias: Annotated[bool | None, _setting("decay_bc_bias", "decay B and C biases", _OPTIMISATION)] = None,
+    clip_norm: Annotated[float | None, _setting("clip_norm", "gradient norm, 0 for none", _OPTIMISATION)] = None,
+    dtype: Annotated[str | None, _setting("dtype", "float32 or bfloat16", _OPTIMISATION)] = None,
+) -> None:
+    """Train a language model from scratch, or go on with the run that the folder holds."""
+    options = dict(locals())
+    if resume and restart:
+        raise ValueError("--resume and --restart exclude each other; give one of them or neither.")
+    settings = TrainConfig.read(config).to_dict() if config else {}
+    names = [f.name for f in fields(TrainConfig)]
+    settings |= {name: options[name] for name in names if options.get(name) is not None}
+    shape = {
+        name: options[name]
+        for name in ("d_model", "d_state", "headdim", "expand", "ngroups", "mimo_rank", "d_intermediate")
+        if options[name] is not None
+    }
+    run_training(
+        corpus,
+        out,
+        TrainConfig.from_dict(settings),
+        lambda vocabulary: model_config(vocabulary, preset, layers, attention_every, shape),
+        start="resume" if resume else "restart" if restart else "auto",
+        device=device,
+    )
+
+
+def model_config(
+    vocabulary: int, preset: str | None, layers: int | None, attention_every: int | None, shape: dict[str, Any]
+) -> "Mamba3Config":
+    """A preset, or the small default, with `shape` and the given pattern of layers in place of its own."""
+    import mamba3
+
+    values: dict[str, Any] = dict(shape)
+    base = mamba3.preset(preset, vocab_size=vocabulary) if preset else None
+    if base is None:
+        values.setdefault("d_intermediate", 2 * values.get("d_model", _SMALL["d_model"]))
+        values = _SMALL | values
+    if base is None or layers or attention_every:
+        count = layers or (len(base.layers) if base else _SMALL_LAYERS)
+        every = attention_every or count + 1
+        values["layers"] = tuple("attention" if (i + 1) % every == 0 else "mamba3" for i in range(count))
+    if attention_every:
+        width = values.get("d_model") or (base.d_model if base else 0)
+        values["attn_heads"] = max(1, width // 64)
+    if preset:
+        return mamba3.preset(preset, vocab_size=vocabulary, **values)
+    return mamba3.Mamba3Config(vocab_size=vocabulary, **values)
+
+
+def run_training(
+    corpus: Path,
+    out: Path,
+    config: TrainConfig,
+    model_config: Callable[[int], "Mamba3Config"],
+    *,
+    start: Literal["auto", "resume", "restart"],
+    device: str,
+    hint: bool = True,
+) -> "Trainer":
+    """Prepare, train, write run/model and say what came of it (`hint`: and what to do with it).
+
+    Exits with 130 when Ctrl-C stopped it, after a checkpoint.
+    """
+    from mamba3.cli.interrupt import INTERRUPTED, stop_on_interrupt
+    from mamba3.cli.models import pick_device
+    from mamba3.cli.progress import ProgressReporter
+    from mamba3.train.run import export, prepare
+
+    reporter = ProgressReporter(console)
+    trainer = prepare(corpus, out, config, model_config, start=start, device=pick_device(device), reporter=reporter)
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    origin = f"going on after step {trainer.step:,}" if trainer.step else f"a new run in {out}"
+    console.print(f"{parameters:,} parameters on {trainer.device}; {origin}.", soft_wrap=True)
+    with stop_on_interrupt("Stopping after this step, with a checkpoint") as should_stop:
+        outcome = trainer.run(should_stop)
+    if outcome.stopped:
+        console.print(f"Stopped after step {outcome.step:,}; the same command goes on from there.")
+        raise typer.Exit(INTERRUPTED)
+    place = export(trainer)
+    if hint:
+        console.print(f"Done: mamba3 generate --model {place} --prompt ...", soft_wrap=True)
+    return trainer

@@ -1,0 +1,142 @@
+"""Every choice of a training run that is not the model's shape, in one frozen value with a JSON round trip."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+# A run may be resumed with other values of these: they do not change a loss.
+_BOOKKEEPING = ("eval_every", "eval_tokens", "save_every", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained. The corpus is a path beside it, the model's shape a `Mamba3Config` beside it.
+
+    Raises ValueError, naming the field, its law and what came, for a value that cannot be used.
+    """
+
+    # Data
+    glob: str = ""  # which files of a folder, by name, such as "*.py"; "" takes every text file
+    field: str = "text"  # the key of a JSON line that holds its document
+    tokenizer: str = "byte"  # "byte", "bpe" (trained on the training documents) or the path of a tokenizer.json
+    vocab_size: int | None = None  # size of a trained BPE vocabulary, at least 257; None is 4096; nothing else takes it
+    val_fraction: float = 0.05  # share of the corpus's bytes that is held out, in [0, 1); 0 trains without validation
+    seq_len: int = 512  # a longer document is cut into pieces of this many tokens, each from the zero state
+    batch_tokens: int = 4096  # tokens of one step: pieces packed end to end, the last one cut where the batch ends
+    seed: int = 0  # initial weights, held-out documents and the order of the data
+
+    # Optimisation
+    steps: int = 1000  # optimizer steps of the whole run
+    lr: float = 2e-3  # peak learning rate, reached after the warm-up
+    warmup_steps: int = 50  # steps of linear rise to the peak, fewer than `steps`
+    min_lr_fraction: float = 0.1  # where the cosine ends, as a share of the peak, in [0, 1]
+    weight_decay: float = 0.1  # decoupled; never on dt_bias, D, norm weights and other vectors
+    decay_bc_bias: bool = False  # whether weight decay also takes hold of B_bias and C_bias
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's two averages, each in [0, 1)
+    eps: float = 1e-8  # AdamW's denominator floor
+    clip_norm: float = 1.0  # the gradient's global norm is cut to this; 0 does not cut
+    dtype: str = "float32"  # of the forward pass: "float32", or "bfloat16" by autocast; parameters stay float32
+
+    # Bookkeeping
+    eval_every: int = 100  # steps between validations; 0 is first and last only
+    eval_tokens: int = 65_536  # tokens a validation reads at most; 0 reads all
+    save_every: int = 100  # steps between checkpoints; 0 is the last step only
+    keep: int = 2  # newest checkpoints that stay on disk, at least 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.betas, list):  # JSON has no tuples
+            object.__setattr__(self, "betas", tuple(self.betas))
+        _check_types(self)
+        _check_ranges(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(
+                f"a training configuration has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(known)}."
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainConfig":
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a training configuration must be JSON, but {error}; correct it there.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"a training configuration must be a JSON object but came as {type(values).__name__}.")
+        return cls.from_dict(values)
+
+    @classmethod
+    def read(cls, path: Path) -> "TrainConfig":
+        """`from_json` of a file; a ValueError names the file."""
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ValueError(f"the configuration file {path} does not exist; give the path of a JSON file.") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def trajectory(self) -> dict[str, Any]:
+        """The fields that decide the losses: two runs that agree here, in model and in data have the same losses."""
+        plain = json.loads(self.to_json())
+        return {name: value for name, value in plain.items() if name not in _BOOKKEEPING}
+
+
+def _check_types(config: TrainConfig) -> None:
+    for name, hint in get_type_hints(TrainConfig).items():
+        value = getattr(config, name)
+        if name == "betas":
+            fits = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, float | int) for v in value)
+        else:
+            kinds = get_args(hint) or (hint,)
+            kinds += (int,) if float in kinds else ()
+            fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        if not fits:
+            wanted = getattr(hint, "__name__", hint)
+            raise ValueError(f"{name} must be of type {wanted} but came as {value!r}; correct it.")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    laws = {
+        "val_fraction": (0 <= config.val_fraction < 1, "at least 0 and below 1"),
+        "seq_len": (config.seq_len >= 1, "at least 1"),
+        "batch_tokens": (config.batch_tokens >= config.seq_len, f"at least seq_len = {config.seq_len}"),
+        "seed": (config.seed >= 0, "at least 0"),
+        "steps": (config.steps >= 1, "at least 1"),
+        "lr": (config.lr > 0, "above 0"),
+        "warmup_steps": (0 <= config.warmup_steps < config.steps, f"at least 0 and below steps = {config.steps}"),
+        "min_lr_fraction": (0 <= config.min_lr_fraction <= 1, "between 0 and 1"),
+        "weight_decay": (config.weight_decay >= 0, "at least 0"),
+        "betas": (all(0 <= beta < 1 for beta in config.betas), "two numbers, each at least 0 and below 1"),
+        "eps": (config.eps > 0, "above 0"),
+        "clip_norm": (config.clip_norm >= 0, "at least 0"),
+        "dtype": (config.dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+        "eval_every": (config.eval_every >= 0, "at least 0"),
+        "eval_tokens": (config.eval_tokens >= 0, "at least 0"),
+        "save_every": (config.save_every >= 0, "at least 0"),
+        "keep": (config.keep >= 1, "at least 1"),
+        "vocab_size": (
+            config.vocab_size is None or config.vocab_size >= 257,
+            "at least 257: 256 bytes and the end of text",
+        ),
+    }
+    for name, (holds, law) in laws.items():
+        if not holds:
+            raise ValueError(f"{name} must be {law}, but came as {getattr(config, name)!r}.")
+    if config.vocab_size is not None and config.tokenizer != "bpe":
+        raise ValueError(
+            f"vocab_size = {config.vocab_size} belongs to a tokenizer that is trained here, but tokenizer is "
+            f"{config.tokenizer!r}; leave vocab_size out or set tokenizer to 'bpe'."
+        )

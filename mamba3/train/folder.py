@@ -1,0 +1,38 @@
+"""A folder that a kill or a full disk cannot leave half written: filled beside its place, then renamed into it."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill: it appears as `path`, on disk in full, when the block ends, and not at all if the block raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in path.parent.glob(".*.tmp"):  # of a process that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

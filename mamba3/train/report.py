@@ -1,0 +1,78 @@
+"""What a run tells while it goes: a reporter to listen with, and metrics.jsonl to read afterwards."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mamba3.ops.state_file import replace_file
+from mamba3.train.evaluate import Evaluation
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One optimizer step. `step` counts from 1; `seconds` is the step's own wall time."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+
+
+class Reporter:
+    """Hears of a run's events; does nothing with them. Override what you want to know."""
+
+    def note(self, message: str) -> None:
+        """A sentence for the user."""
+
+    def tokenising(self, done: int, total: int) -> None:
+        """Bytes of the corpus that are tokenised."""
+
+    def started(self, step: int, steps: int) -> None:
+        """Training begins after `step` of `steps`."""
+
+    def stepped(self, report: StepReport) -> None: ...
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
+
+    def saved(self, step: int, place: Path) -> None: ...
+
+    def finished(self, step: int) -> None:
+        """Training ended, was stopped or failed after `step`."""
+
+
+class Metrics:
+    """metrics.jsonl: one line for each step and each validation, flushed as it happens.
+
+    A run that resumes after step k drops the lines beyond k first: what is read is the history of one run.
+    """
+
+    def __init__(self, path: Path, *, after_step: int):
+        lines = [line for line in read_metrics(path) if line["step"] <= after_step]
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self._file = path.open("a", encoding="utf-8")
+
+    def step(self, report: StepReport) -> None:
+        self._write({"kind": "step", **vars(report)})
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        values = {"loss": evaluation.loss, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens}
+        self._write({"kind": "val", "step": step, **values, "bits_per_byte": evaluation.bits_per_byte})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, values: dict) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]

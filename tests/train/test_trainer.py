@@ -1,0 +1,352 @@
+"""Laws of the loop, the checkpoints and resuming."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamba3.lm import Mamba3Config, Mamba3LM
+from mamba3.train import NonFiniteError, Reporter, TrainConfig, checkpoint, export, plot, prepare, trainer
+from mamba3.train.checkpoint import CheckpointError
+from mamba3.train.evaluate import batch_loss, evaluate
+from mamba3.train.packing import Batch
+from mamba3.train.report import read_metrics
+
+CONFIG = TrainConfig(
+    steps=12, warmup_steps=2, seq_len=16, batch_tokens=48, val_fraction=0.2, eval_every=5, eval_tokens=64, save_every=4,
+    keep=2, lr=5e-3,
+)  # fmt: skip
+SHAPE = {"d_model": 16, "layers": ("mamba3",), "d_state": 8, "headdim": 8, "d_intermediate": 16}
+COMMAND = [
+    "--steps", "12", "--warmup-steps", "2", "--seq-len", "16", "--batch-tokens", "48", "--val-fraction", "0.2",
+    "--eval-every", "5", "--eval-tokens", "64", "--lr", "5e-3", "--d-model", "16", "--layers", "1", "--d-state", "8",
+    "--headdim", "8", "--d-intermediate", "16", "--device", "cpu",
+]  # fmt: skip
+
+
+def shape(vocabulary: int) -> Mamba3Config:
+    return Mamba3Config(vocab_size=vocabulary, **SHAPE)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"text": f"number {i} and the words after it\n" * (1 + i % 3)}) for i in range(30)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def train(corpus: Path, run: Path, config: TrainConfig = CONFIG, stop_after: int | None = None, **options):
+    """(trainer, outcome); `stop_after` steps of this call end it as Ctrl-C does."""
+    made = prepare(corpus, run, config, shape, **options)
+    last = math.inf if stop_after is None else made.step + stop_after
+    return made, made.run(lambda: made.step >= last)
+
+
+def losses(run: Path) -> list[tuple]:
+    """Everything in metrics.jsonl but times."""
+    lines = read_metrics(run / "metrics.jsonl")
+    return [tuple((k, v) for k, v in line.items() if k != "seconds") for line in lines]
+
+
+def weights(run: Path) -> bytes:
+    return (checkpoint.list_checkpoints(run)[-1] / "model.safetensors").read_bytes()
+
+
+# -- the loop
+
+
+def test_a_run_learns_and_leaves_what_it_promises(corpus, tmp_path):
+    run = tmp_path / "run"
+    made, outcome = train(corpus, run, TrainConfig(**{**CONFIG.to_dict(), "steps": 40}))
+    lines = read_metrics(run / "metrics.jsonl")
+    steps = [line for line in lines if line["kind"] == "step"]
+    validations = [line for line in lines if line["kind"] == "val"]
+    assert [line["step"] for line in steps] == list(range(1, 41))
+    assert [line["step"] for line in validations] == [0, *range(5, 41, 5)]
+    assert validations[-1]["loss"] < 0.8 * validations[0]["loss"]
+    assert validations[-1]["perplexity"] == pytest.approx(math.exp(validations[-1]["loss"]))
+    assert outcome.validation is not None and outcome.validation.loss == validations[-1]["loss"]
+    assert (outcome.step, outcome.stopped, outcome.loss) == (40, False, steps[-1]["loss"])
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [place.name for place in checkpoint.list_checkpoints(run)] == ["step-00000036", "step-00000040"]
+    place = export(made)
+    assert sorted(f.name for f in place.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    for folder in (place, checkpoint.list_checkpoints(run)[-1]):
+        for a, b in zip(Mamba3LM.from_pretrained(folder).parameters(), made.model.parameters(), strict=True):
+            assert a.equal(b)
+
+
+def test_packed_loss_is_the_mean_over_the_documents_alone():
+    torch.manual_seed(0)
+    model = Mamba3LM(shape(257))
+    ids = torch.randint(0, 257, (1, 20))
+    targets = torch.randint(0, 257, (20,))
+    packed = batch_loss(model, Batch(ids, targets, torch.tensor([0, 7, 20], dtype=torch.int32)), torch.float32, "sum")
+    alone = sum(
+        batch_loss(
+            model, Batch(ids[:, a:b], targets[a:b], torch.tensor([0, b - a], dtype=torch.int32)), torch.float32, "sum"
+        )
+        for a, b in ((0, 7), (7, 20))
+    )
+    torch.testing.assert_close(packed, alone)
+
+
+def test_evaluation_does_not_depend_on_the_batches_and_leaves_the_model_training(corpus, tmp_path):
+    made, _ = train(corpus, tmp_path / "run", stop_after=1)
+    assert made.val is not None
+    sizes = made.token_sizes
+    results = []
+    for batch_tokens in (16, 50, 1000):
+        made.val.batch_tokens = batch_tokens
+        results.append(evaluate(made.model, made.val.in_order(), device=made.device, dtype=torch.float32, sizes=sizes))
+    assert len({r.tokens for r in results}) == len({r.bytes for r in results}) == 1
+    assert [r.nats for r in results] == pytest.approx([results[0].nats] * 3, rel=1e-5)
+    assert results[0].bits_per_byte == pytest.approx(results[0].nats / math.log(2) / results[0].bytes)
+    assert made.model.training
+
+
+def test_bfloat16_autocast_trains_float32_parameters(corpus, tmp_path):
+    made, outcome = train(corpus, tmp_path / "run", TrainConfig(**{**CONFIG.to_dict(), "dtype": "bfloat16"}))
+    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+    assert outcome.validation is not None and outcome.validation.loss < math.log(257)
+
+
+def test_without_held_out_documents_nothing_is_validated(corpus, tmp_path):
+    _, outcome = train(corpus, tmp_path / "run", TrainConfig(**{**CONFIG.to_dict(), "val_fraction": 0.0}))
+    assert outcome.validation is None
+    assert {line["kind"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")} == {"step"}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_checkpoint(corpus, tmp_path, monkeypatch):
+    made = prepare(corpus, tmp_path / "run", CONFIG, shape)
+    whole = trainer.batch_loss
+    monkeypatch.setattr(trainer, "batch_loss", lambda *a, **k: whole(*a, **k) * (math.nan if made.step == 6 else 1.0))
+    with pytest.raises(NonFiniteError, match=r"is nan at step 7; the step was not taken and step 4 is saved"):
+        made.run()
+    assert all(bool(torch.isfinite(p).all()) for p in made.model.parameters())
+    assert [place.name for place in checkpoint.list_checkpoints(tmp_path / "run")] == ["step-00000004"]
+
+
+def test_a_missing_matplotlib_is_told_once_and_the_run_goes_on(corpus, tmp_path, monkeypatch):
+    notes = []
+    reporter = Reporter()
+    reporter.note = notes.append  # type: ignore[method-assign]
+    monkeypatch.setattr(trainer, "can_plot", lambda: False)
+    _, outcome = train(corpus, tmp_path / "run", reporter=reporter)
+    assert outcome.step == 12 and sum("matplotlib" in note for note in notes) == 1
+    assert not (tmp_path / "run" / "loss.png").exists()
+    assert plot.can_plot()
+
+
+# -- resuming
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+@pytest.mark.parametrize("stop_after", [1, 4, 7])
+def test_a_run_in_parts_is_bitwise_the_run_in_one(corpus, tmp_path, stop_after, tokenizer):
+    config = TrainConfig(**{**CONFIG.to_dict(), "tokenizer": tokenizer})
+    train(corpus, tmp_path / "whole", config)
+    while train(corpus, tmp_path / "parts", config, stop_after)[1].step < 12:
+        torch.rand(3)  # whatever the process draws in between is of no account
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_steps_beyond_the_last_checkpoint_are_done_again(corpus, tmp_path, monkeypatch):
+    train(corpus, tmp_path / "whole")
+    made = prepare(corpus, tmp_path / "cut", CONFIG, shape)
+    take = trainer.Trainer._take_step
+
+    def die_in_step_7(self):
+        if self.step == 6:
+            raise MemoryError
+        return take(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_take_step", die_in_step_7)
+        with pytest.raises(MemoryError):
+            made.run()
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    assert len(losses(tmp_path / "cut")) > 5
+    with metrics.open("a") as file:
+        file.write('{"kind": "step", "step": 7, "lo')  # cut short by the kill
+    made, _ = train(corpus, tmp_path / "cut", start="resume")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_stays_finished_and_restart_begins_anew(corpus, tmp_path):
+    run = tmp_path / "run"
+    train(corpus, run)
+    before = losses(run)
+    made, outcome = train(corpus, run)
+    assert (made.step, outcome.loss, losses(run)) == (12, None, before)
+    with pytest.raises(ValueError, match=r"differs in train\.seed was 0, is 1"):
+        prepare(corpus, run, TrainConfig(**{**CONFIG.to_dict(), "seed": 1}), shape)
+    made, _ = train(corpus, run, TrainConfig(**{**CONFIG.to_dict(), "seed": 1}), start="restart")
+    assert losses(run) != before and len(losses(run)) == len(before)
+
+
+def test_resuming_demands_a_checkpoint(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"must hold a checkpoint, but .* has none"):
+        prepare(corpus, tmp_path / "run", CONFIG, shape, start="resume")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_run_names_the_fields_and_stays_as_it_is(corpus, tmp_path):
+    run = tmp_path / "run"
+    train(corpus, run, stop_after=1)
+    files = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    config = TrainConfig(**{**CONFIG.to_dict(), "lr": 1e-2, "tokenizer": "bpe", "eval_every": 1})
+
+    def wider(vocabulary):
+        return Mamba3Config(vocab_size=vocabulary, **{**SHAPE, "d_state": 16})
+
+    with pytest.raises(ValueError) as error:
+        prepare(corpus, run, config, wider)
+    for field in ("train.lr was 0.005, is 0.01", "train.tokenizer was 'byte', is 'bpe'", "model.d_state was 8, is 16"):
+        assert field in str(error.value)
+    assert "eval_every" not in str(error.value)
+    assert files == {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    corpus.write_text(corpus.read_text() + '{"text": "one more"}\n')
+    with pytest.raises(ValueError, match=r"differs in corpus was '\w+', is '\w+'\. Give"):
+        prepare(corpus, run, CONFIG, shape)
+
+
+def test_bookkeeping_may_change_between_parts(corpus, tmp_path):
+    train(corpus, tmp_path / "whole")
+    train(corpus, tmp_path / "parts", stop_after=5)
+    config = TrainConfig(**{**CONFIG.to_dict(), "eval_every": 0, "save_every": 1, "keep": 1})
+    train(corpus, tmp_path / "parts", config)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert len(checkpoint.list_checkpoints(tmp_path / "parts")) == 1
+
+
+# -- damage
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "config.json", "checkpoint.json"])
+@pytest.mark.parametrize("damage", ["truncated", "removed", "altered"])
+def test_a_damaged_checkpoint_is_refused_with_the_file_and_the_way_out(corpus, tmp_path, name, damage):
+    run = tmp_path / "run"
+    train(corpus, run, stop_after=5)
+    newest = checkpoint.list_checkpoints(run)[-1]
+    file = newest / name
+    data = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    elif damage == "removed":
+        file.unlink()
+    elif name == "checkpoint.json":
+        file.write_text("{}")
+    else:
+        file.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    with pytest.raises(ValueError, match=f"{newest.name} {name} .*Remove that folder to resume from the one before"):
+        prepare(corpus, run, CONFIG, shape)
+    shutil.rmtree(newest)
+    made, _ = train(corpus, run)
+    assert made.step == 12
+
+
+def fail_with_full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["save_file", "_sha256", "shutil.copy", "model", "rename"])
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(corpus, tmp_path, monkeypatch, where):
+    run = tmp_path / "run"
+    train(corpus, run, stop_after=4)
+    before = {f: f.read_bytes() for f in (run / "checkpoints").rglob("*") if f.is_file()}
+    made = prepare(corpus, run, CONFIG, shape)
+    with monkeypatch.context() as patch:
+        if where == "model":
+            patch.setattr(made.model, "save_pretrained", fail_with_full_disk)
+        elif where == "shutil.copy":
+            patch.setattr(shutil, "copy", fail_with_full_disk)
+        elif where == "rename":
+            patch.setattr("mamba3.train.folder.os.replace", fail_with_full_disk)
+        else:
+            patch.setattr(checkpoint, where, fail_with_full_disk)
+        if where == "rename":  # os.replace also puts metrics.jsonl in place: only the checkpoint shall fail
+            with pytest.raises(CheckpointError, match="is intact"):
+                made.metrics = None
+                made._save()
+        else:
+            with pytest.raises(
+                CheckpointError, match=r"step 8 could not be saved .*step-00000004 is intact.*disk is full"
+            ):
+                made.run()
+    assert before == {f: f.read_bytes() for f in (run / "checkpoints").rglob("*") if f.is_file()}
+    train(corpus, run)
+    train(corpus, tmp_path / "whole")
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on a file's size are a Unix matter")
+def test_a_write_that_the_system_refuses_leaves_the_last_checkpoint(corpus, tmp_path):
+    import resource
+
+    run = tmp_path / "run"
+    made, _ = train(corpus, run, stop_after=4)
+    before = {f: f.read_bytes() for f in (run / "checkpoints").rglob("*") if f.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    made.step = 5
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 13, hard))  # a file of more than 8 KiB fails as on a full disk
+    try:
+        with pytest.raises(CheckpointError, match=r"step 5 could not be saved .*step-00000004 is intact"):
+            made._save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert before == {f: f.read_bytes() for f in (run / "checkpoints").rglob("*") if f.is_file()}
+
+
+def test_no_space_for_the_first_checkpoint_says_that_there_is_none(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_file", fail_with_full_disk)
+    with pytest.raises(CheckpointError, match="there was no earlier checkpoint"):
+        train(corpus, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+# -- a real kill
+
+
+def kill_and_finish(corpus: Path, run: Path, save_every: int, kills: list[int]) -> int:
+    """Kill -9 the command when it has done so many steps, for each of `kills`, then let it finish. Returns kills done."""
+    command = [sys.executable, "-m", "mamba3.cli", "train", str(corpus), "--out", str(run), *COMMAND]
+    command += ["--save-every", str(save_every)]
+    done = 0
+    for at in kills:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(read_metrics(run / "metrics.jsonl")) < at:
+            time.sleep(0.001)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            done += 1
+        process.wait()
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return done
+
+
+def test_after_kill_9_the_losses_are_bitwise_those_of_a_run_that_was_not_killed(corpus, tmp_path):
+    train(corpus, tmp_path / "whole", TrainConfig(**{**CONFIG.to_dict(), "save_every": 2}))
+    assert kill_and_finish(corpus, tmp_path / "killed", 2, [6]) == 1
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_any_number_of_kills_changes_nothing(corpus, tmp_path):
+    train(corpus, tmp_path / "whole", TrainConfig(**{**CONFIG.to_dict(), "save_every": 3}))
+    assert kill_and_finish(corpus, tmp_path / "killed", 3, [1, 2, 4, 5, 6, 8, 9, 11, 12, 13]) > 3
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
