@@ -28,10 +28,10 @@ from mamba3.ops.ranks import per_head, per_rank
 from mamba3.ops.rotate import BiasedRotation, phase_dtype, rotate_pairs, wrap
 from mamba3.ops.types import Gate, Inputs, ScanOutput, State, without_autocast
 
-ROWS_PER_CHUNK = 64
-# Rows a block: on a CPU what a block touches should stay in the second-level cache; a GPU wants to be filled.
-BLOCK_ROWS_CPU = 128
-BLOCK_ROWS_GPU = 16384
+# Rows of one chunk (tokens times ranks): longer ones cost matrix work in their square, shorter ones pass on more states.
+# Rows of one block of chunks: on a CPU what a block touches should stay in the cache; a GPU wants to be filled.
+ROWS_PER_CHUNK_CPU, ROWS_PER_CHUNK_GPU = 32, 64
+BLOCK_ROWS_CPU, BLOCK_ROWS_GPU = 256, 16384
 
 
 def phases(theta: Tensor, tick: Tensor, phi: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor]:
@@ -191,15 +191,11 @@ def run(
     return (chunks.put(ys) if outputs else None), final
 
 
-def chunk_length(rank: int) -> int:
-    """Tokens a chunk: about 64 rows, and never fewer than 16 tokens."""
-    return max(16, ROWS_PER_CHUNK // rank)
-
-
 def table(inp: Inputs, cu_seqlens: list[int] | None) -> Chunks:
-    """The chunk table of these inputs."""
+    """The chunk table of these inputs: about as many rows a chunk as pay on the device, and never fewer than 16 tokens."""
     batch, tokens = inp.x.shape[:2]
-    length = min(chunk_length(inp.rank), tokens)
+    rows = ROWS_PER_CHUNK_CPU if inp.x.device.type == "cpu" else ROWS_PER_CHUNK_GPU
+    length = min(max(16, rows // inp.rank), tokens)
     if cu_seqlens is None:
         return packed.dense(batch, tokens, length)
     return packed.packed(tuple(cu_seqlens), length, inp.x.device)
