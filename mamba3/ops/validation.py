@@ -102,6 +102,14 @@ def check_inputs(
     return inp, gate, state, boundaries
 
 
+def fits(inp: Inputs, state: State) -> bool:
+    """Whether the state of one step has the sizes, device and width of inputs that are known to be right."""
+    (b, h, p), (r, _, n) = inp.x.shape, inp.B.shape[1:]
+    shapes = (state.phi.shape, state.S.shape, state.B_prev.shape, state.x_prev.shape)
+    expected = ((b, h, inp.theta.shape[-1]), (b, h, p, n), (b, r, h, n), (b, h, p))
+    return shapes == expected and all(v.device == inp.x.device and v.is_floating_point() for v in state[:4])
+
+
 def _check_laws(inp: Inputs, gate: Gate, sizes: dict[str, int]) -> None:
     if sizes.get("t") == 0 or sizes["b"] == 0:
         raise ValueError(f"At least one sequence of at least one token is needed; x has shape {tuple(inp.x.shape)}.")
