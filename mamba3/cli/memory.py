@@ -30,10 +30,10 @@ def resident_bytes() -> int | None:
 def measure(model: Mamba3LM, tokens: np.ndarray, marks: list[int]) -> list[tuple[int, int, int | None]]:
     """(tokens read, state bytes, resident bytes) at each mark; marks ascend.
 
-    The way to the first mark is gone once before, from a state of its own: what libraries set aside when they are first
+    Ten times the first mark is read once before, from a state of its own: what libraries set aside when they are first
     used is not the memory of the tokens.
     """
-    _read(model, model.init_state(1), tokens, 0, marks[0])
+    _read(model, model.init_state(1), tokens, 0, 10 * marks[0])
     state, read, found = model.init_state(1), 0, []
     for mark in marks:
         state, read = _read(model, state, tokens, read, mark), mark

@@ -145,7 +145,10 @@ def run_training(
     from mamba3.train.run import export, prepare
 
     reporter = ProgressReporter(console)
-    trainer = prepare(corpus, out, config, model_config, start=start, device=pick_device(device), reporter=reporter)
+    try:
+        trainer = prepare(corpus, out, config, model_config, start=start, device=pick_device(device), reporter=reporter)
+    finally:
+        reporter.finished(0)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     origin = f"going on after step {trainer.step:,}" if trainer.step else f"a new run in {out}"
     console.print(f"{parameters:,} parameters on {trainer.device}; {origin}.", soft_wrap=True)

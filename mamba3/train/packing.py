@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 
 class Packing:
-    """The batches of a set of documents, in shuffled order (`batch`) or in the order they are stored (`in_order`)."""
+    """The batches of a set of documents: an endless line of epochs (`batch`), or a fixed sample of them (`sample`)."""
 
     def __init__(self, data: Tokens, *, seq_len: int, batch_tokens: int, seed: int):
         if data.targets < 1:
@@ -56,11 +56,15 @@ class Packing:
             position += length
         return self._gather(spans)
 
-    def in_order(self, tokens: int = 0) -> Iterator[Batch]:
-        """The documents' first `tokens` targets (0: all) in batches of at most `batch_tokens`; pieces are not cut."""
+    def sample(self, tokens: int = 0) -> Iterator[Batch]:
+        """Always the same `tokens` targets (0: all), from pieces all over the documents, in batches of whole pieces.
+
+        A batch has at most `batch_tokens` tokens, or one piece that is longer.
+        """
         budget = tokens or self.epoch_tokens
         spans, size = [], 0
-        for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
+        for piece in self._epoch(0)[0]:
+            start, length = int(self.starts[piece]), int(self.lengths[piece])
             if size and size + length > self.batch_tokens:
                 yield self._gather(spans)
                 spans, size = [], 0

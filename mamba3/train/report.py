@@ -45,7 +45,7 @@ class Reporter:
 
 
 class Metrics:
-    """metrics.jsonl: one line for each step and each validation, flushed as it happens.
+    """metrics.jsonl: one line for each step and each validation, written as it happens.
 
     A run that resumes after step k drops the lines beyond k first: what is read is the history of one run.
     """
@@ -53,7 +53,7 @@ class Metrics:
     def __init__(self, path: Path, *, after_step: int):
         lines = [line for line in read_metrics(path) if line["step"] <= after_step]
         replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def step(self, report: StepReport) -> None:
         self._write({"kind": "step", **vars(report)})
@@ -66,8 +66,16 @@ class Metrics:
         self._file.close()
 
     def _write(self, values: dict) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        left = json.dumps(values).encode() + b"\n"
+        try:
+            while left:  # unbuffered: what fits is written, and the rest raises
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self._path} could not be written at step {values['step']} ({error.strerror}); the checkpoints are "
+                "intact: free some space and run the same command again",
+            ) from error
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -58,9 +58,7 @@ def prepare(
     (the differing fields are named) and for a damaged checkpoint.
     """
     reporter = reporter or Reporter()
-    if start == "restart":
-        _remove_run(run)
-    resume_from = max(checkpoint.list_checkpoints(run), default=None)
+    resume_from = max(checkpoint.list_checkpoints(run), default=None) if start != "restart" else None
     if start == "resume" and resume_from is None:
         raise ValueError(
             f"a run to resume must hold a checkpoint, but {run} has none; leave out --resume to begin one."
@@ -84,6 +82,9 @@ def prepare(
     }
     if resume_from is not None:
         checkpoint.check_identity(checkpoint.read_card(resume_from).identity, identity, resume_from)
+    model = _model(shape, config.seed, resume_from)
+    if start == "restart":  # only now, when nothing that was asked for can turn out to be wrong
+        _remove_run(run)
     run.mkdir(parents=True, exist_ok=True)
     replace_file(run / FILE_NAME, tokenizer.to_str(pretty=True).encode())
     replace_file(run / RUN_CARD, (json.dumps(identity, indent=2) + "\n").encode())
@@ -97,7 +98,7 @@ def prepare(
         return Packing(data, seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=config.seed)
 
     return Trainer(
-        _model(shape, config.seed, resume_from),
+        model,
         config,
         run,
         train=packed(store.train),

@@ -59,13 +59,22 @@ def open_or_build(
 ) -> TokenStore:
     """The store of this corpus and tokenizer under `folder`, tokenised now unless it is there; others are removed.
 
+    Raises OSError, with nothing left behind, if it cannot be written.
+
     `on_progress(bytes done, bytes in all)` is told how far tokenising is.
     """
     key = store_key(corpus, tokenizer)
     place = folder / key
     if not _is_whole(place):
-        with new_folder(place) as building:
-            _build(corpus, tokenizer, building, on_progress)
+        try:
+            with new_folder(place) as building:
+                _build(corpus, tokenizer, building, on_progress)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the tokens could not be written to {place} ({error.strerror}) and nothing was left there; a corpus of "
+                f"{corpus.bytes:,} bytes takes at most {4 * corpus.bytes:,}: free some space or take another folder",
+            ) from error
     for other in folder.iterdir():
         if other != place:
             shutil.rmtree(other, ignore_errors=True)

@@ -158,7 +158,7 @@ class Trainer:
     def _validate(self) -> Evaluation | None:
         if self.val is None:
             return None
-        batches = self.val.in_order(self.config.eval_tokens)
+        batches = self.val.sample(self.config.eval_tokens)
         result = evaluate(self.model, batches, device=self.device, dtype=self.dtype, sizes=self.token_sizes)
         self.metrics.evaluation(self.step, result)
         self.reporter.evaluated(self.step, result)
@@ -189,6 +189,9 @@ class Trainer:
 
     def _draw(self) -> None:
         if can_plot():
-            plot_loss(self.folder / METRICS, self.folder / CURVE)
+            try:
+                plot_loss(self.folder / METRICS, self.folder / CURVE)
+            except OSError as error:  # the run is complete without it
+                self.reporter.note(f"No loss curve was drawn: {error}.")
         else:
             self.reporter.note("No loss curve was drawn: matplotlib is not installed (pip install 'mamba3[train]').")

@@ -220,12 +220,19 @@ def test_order_depends_on_seed_and_epoch():
 
 @given(lengths, st.integers(1, 16), st.integers(1, 50), st.integers(0, 60))
 @settings(max_examples=50, deadline=None)
-def test_in_order_reads_the_first_targets_in_order(sizes, seq_len, batch_tokens, budget):
+def test_a_sample_is_always_the_same_distinct_targets(sizes, seq_len, batch_tokens, budget):
     data = tokens_of(sizes)
-    packing = Packing(data, seq_len=seq_len, batch_tokens=batch_tokens, seed=0)
-    read = [t for batch in packing.in_order(budget) for t in batch.targets.tolist()]
-    expected = sorted(set(range(sum(sizes))) - set(data.offsets[:-1].tolist()))
-    assert read == (expected[:budget] if budget else expected)
+
+    def read():
+        packing = Packing(data, seq_len=seq_len, batch_tokens=batch_tokens, seed=0)
+        batches = list(packing.sample(budget))
+        assert all(b.targets.numel() <= max(batch_tokens, seq_len) for b in batches)
+        assert all(b.targets.tolist() == [i + 1 for i in b.inputs[0].tolist()] for b in batches)
+        return [t for batch in batches for t in batch.targets.tolist()]
+
+    predicted = set(range(sum(sizes))) - set(data.offsets[:-1].tolist())
+    assert read() == read() and set(read()) <= predicted
+    assert len(read()) == len(set(read())) == min(budget or len(predicted), len(predicted))
 
 
 def test_documents_without_targets_are_refused():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_evaluation_does_not_depend_on_the_batches_and_leaves_the_model_training
     results = []
     for batch_tokens in (16, 50, 1000):
         made.val.batch_tokens = batch_tokens
-        results.append(evaluate(made.model, made.val.in_order(), device=made.device, dtype=torch.float32, sizes=sizes))
+        results.append(evaluate(made.model, made.val.sample(), device=made.device, dtype=torch.float32, sizes=sizes))
     assert len({r.tokens for r in results}) == len({r.bytes for r in results}) == 1
     assert [r.nats for r in results] == pytest.approx([results[0].nats] * 3, rel=1e-5)
     assert results[0].bits_per_byte == pytest.approx(results[0].nats / math.log(2) / results[0].bytes)
@@ -162,6 +163,17 @@ def test_a_run_in_parts_is_bitwise_the_run_in_one(corpus, tmp_path, stop_after, 
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_in_parts_is_bitwise_the_run_in_one_on_a_gpu(corpus, tmp_path, dtype):
+    config = TrainConfig(**{**CONFIG.to_dict(), "dtype": dtype})
+    train(corpus, tmp_path / "whole", config, device="cuda")
+    for _ in range(3):
+        train(corpus, tmp_path / "parts", config, 5, device="cuda")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
 def test_steps_beyond_the_last_checkpoint_are_done_again(corpus, tmp_path, monkeypatch):
     train(corpus, tmp_path / "whole")
     made = prepare(corpus, tmp_path / "cut", CONFIG, shape)
@@ -194,6 +206,17 @@ def test_a_finished_run_stays_finished_and_restart_begins_anew(corpus, tmp_path)
         prepare(corpus, run, TrainConfig(**{**CONFIG.to_dict(), "seed": 1}), shape)
     made, _ = train(corpus, run, TrainConfig(**{**CONFIG.to_dict(), "seed": 1}), start="restart")
     assert losses(run) != before and len(losses(run)) == len(before)
+
+
+def test_a_restart_that_cannot_begin_removes_nothing(corpus, tmp_path):
+    run = tmp_path / "run"
+    train(corpus, run, stop_after=1)
+    files = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    with pytest.raises(ValueError):
+        prepare(tmp_path / "absent", run, CONFIG, shape, start="restart")
+    with pytest.raises(ValueError):
+        prepare(corpus, run, CONFIG, lambda n: Mamba3Config(vocab_size=n, **{**SHAPE, "headdim": 7}), start="restart")
+    assert files == {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
 
 
 def test_resuming_demands_a_checkpoint(corpus, tmp_path):
@@ -291,22 +314,43 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(corpus, tmp_path, mo
     assert losses(run) == losses(tmp_path / "whole")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits on a file's size are a Unix matter")
-def test_a_write_that_the_system_refuses_leaves_the_last_checkpoint(corpus, tmp_path):
-    import resource
+@contextmanager
+def largest_file(size: int):
+    """Within the block the system refuses to write a file beyond `size` bytes, as a full disk would."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
+
+def test_a_write_that_the_system_refuses_leaves_the_last_checkpoint(corpus, tmp_path):
     run = tmp_path / "run"
     made, _ = train(corpus, run, stop_after=4)
     before = {f: f.read_bytes() for f in (run / "checkpoints").rglob("*") if f.is_file()}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     made.step = 5
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 13, hard))  # a file of more than 8 KiB fails as on a full disk
-    try:
-        with pytest.raises(CheckpointError, match=r"step 5 could not be saved .*step-00000004 is intact"):
-            made._save()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(1 << 13), pytest.raises(CheckpointError, match=r"step 5 could not be .*step-00000004 is intact"):
+        made._save()
     assert before == {f: f.read_bytes() for f in (run / "checkpoints").rglob("*") if f.is_file()}
+
+
+def test_a_full_disk_elsewhere_is_told_with_the_file_and_the_run_goes_on_later(corpus, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("mamba3.train.store.np.save", fail_with_full_disk)
+        with pytest.raises(OSError, match=r"tokens could not be written to .* nothing was left there"):
+            prepare(corpus, run, CONFIG, shape)
+    assert not list((run / "data").iterdir())
+    made, _ = train(corpus, run, stop_after=4)
+    made = prepare(corpus, run, CONFIG, shape)
+    limit = (run / "metrics.jsonl").stat().st_size + 10
+    with largest_file(limit), pytest.raises(OSError, match=r"metrics\.jsonl could not be written at step 5"):
+        made.run()
+    train(corpus, run)
+    train(corpus, tmp_path / "whole")
+    assert losses(run) == losses(tmp_path / "whole")
 
 
 def test_no_space_for_the_first_checkpoint_says_that_there_is_none(corpus, tmp_path, monkeypatch):
