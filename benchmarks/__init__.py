@@ -1,0 +1,8 @@
+"""Measurements that the documentation may quote: `python -m benchmarks {cpu, numerics} [--quick]`.
+
+A contestant is timed only behind green checks (`checks`), in rounds interleaved with its rivals (`timer`). What came out is
+written, with device, versions and commit (`environment`), to results/<date>-<device>-<subject>.json and .png.
+
+    cpu         loop, gradient, peer, constancy: ratios of one run on the machine's own cores
+    numerics    million, dtypes: errors against float64
+"""

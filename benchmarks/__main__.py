@@ -1,0 +1,70 @@
+"""python -m benchmarks {cpu, numerics} [--quick]: run a subject, show its tables, write its results."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import cpu as cpu_subject
+from benchmarks import environment, plots, results
+from benchmarks import numerics as numerics_subject
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Small sizes, in a minute: does everything run? Not to be quoted.")
+]
+Threads = Annotated[int, typer.Option(help="Threads that PyTorch uses; 0: one for each processor.")]
+Out = Annotated[Path, typer.Option(help="Folder for the JSON file and the plot.")]
+
+
+@app.command()
+def cpu(quick: Quick = False, threads: Threads = 0, out: Out = results.FOLDER) -> None:
+    """Prefill against the token loop, the gradient's cost, transformers' Mamba-2, and token 100,000 against token 100."""
+    _run("cpu", cpu_subject, plots.draw_cpu, quick, threads, out)
+
+
+@app.command()
+def numerics(quick: Quick = False, threads: Threads = 0, out: Out = results.FOLDER) -> None:
+    """Errors against float64: over a million tokens, and by dtype for outputs, states and gradients."""
+    _run("numerics", numerics_subject, plots.draw_numerics, quick, threads, out)
+
+
+def _run(name: str, subject: ModuleType, draw: results.Draw, quick: bool, threads: int, out: Path) -> None:
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    where = environment.describe()
+    busy = where["load"] is not None and where["load"] > 0.5
+    if busy:
+        console.print(f"[yellow]Other processes are running (load {where['load']}): times will be uneven.[/]")
+    sections = subject.sections(subject.QUICK if quick else subject.FULL)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(sections))
+
+        def tell(text: str) -> None:
+            bar.update(task, description=escape(text))
+
+        measured = results.run_sections(sections, tell, lambda: bar.advance(task))
+    for table in subject.tables(measured):
+        console.print(table)
+    path = results.write(name, where, quick, measured, draw, out)
+    console.print(f"Written: {path.name} and {path.with_suffix('.png').name}")
+    refused = results.refusals(measured)
+    for section, why in refused.items():
+        console.print(f"[red]No times for {escape(section)}: {escape(why)}.[/]", soft_wrap=True)
+    if refused:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

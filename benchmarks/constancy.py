@@ -1,0 +1,106 @@
+"""Time and memory of one more token after many tokens and after few.
+
+Two states of one model, at token `early` and at token `late`, are stepped in turns with the same tokens. The state has a
+fixed size, so neither time nor memory should know which is which.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.checks import Check, agree
+from benchmarks.results import Tell
+from benchmarks.timer import race
+from mamba3 import LMState, Mamba3Config, Mamba3LM
+
+GOAL = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A model of mixers alone, of the 180M models' width and depth."""
+
+    early: int = 100
+    late: int = 100_000
+    chunk: int = 2048
+    steps: int = 200
+    d_model: int = 768
+    layers: int = 12
+    d_state: int = 128
+    headdim: int = 64
+    vocab_size: int = 32_000
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process holds; None where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else None
+
+
+@torch.no_grad()
+def measure(sizes: Sizes, tell: Tell) -> dict[str, Any]:
+    """Seconds of a step, bytes of the state and of the process at both positions, and their ratios late over early."""
+    torch.manual_seed(0)
+    config = Mamba3Config(
+        vocab_size=sizes.vocab_size, d_model=sizes.d_model, layers=("mamba3",) * sizes.layers, d_state=sizes.d_state,
+        headdim=sizes.headdim,
+    )  # fmt: skip
+    model = Mamba3LM(config)
+    ids = torch.randint(sizes.vocab_size, (1, sizes.late))
+    token = torch.randint(sizes.vocab_size, (1,))
+    _read(model, ids[:, : 2 * sizes.chunk], None, sizes.chunk)
+
+    early = _read(model, ids[:, : sizes.early], None, sizes.chunk)
+    late = early.clone()
+    model.step(token, early.clone())
+    resident = {"early": resident_bytes()}
+    for start in range(sizes.early, sizes.late, sizes.chunk):
+        tell(f"reading: token {start:,} of {sizes.late:,}")
+        late = _read(model, ids[:, start : start + sizes.chunk], late, sizes.chunk)
+    model.step(token, late.clone())
+    resident["late"] = resident_bytes()
+    assert late.tokens.item() == sizes.late
+
+    tell(f"decoding at token {sizes.early:,} and at token {sizes.late:,}")
+    bytes_early, bytes_late = early.nbytes, late.nbytes
+    checks = [_step_is_prefill(model, token, early, "early"), _step_is_prefill(model, token, late, "late")]
+    result = race(
+        {"early": lambda: model.step(token, early), "late": lambda: model.step(token, late)},
+        lambda outputs: checks,
+        sizes.steps,
+    )
+    ratio = result.ratio("late", "early")
+    memory_ratio = None if not resident["early"] or not resident["late"] else resident["late"] / resident["early"]
+    return {
+        "early": sizes.early,
+        "late": sizes.late,
+        "early_s": result.seconds["early"].to_dict(),
+        "late_s": result.seconds["late"].to_dict(),
+        "ratio": ratio.to_dict(),
+        "state_bytes": {"early": bytes_early, "late": bytes_late},
+        "resident_bytes": resident,
+        "resident_ratio": memory_ratio,
+        "goal": GOAL,
+        "met": abs(ratio.median - 1) <= GOAL
+        and bytes_early == bytes_late
+        and (memory_ratio is None or memory_ratio - 1 <= GOAL),
+        "checks": [check._asdict() for check in result.checks],
+    }
+
+
+def _read(model: Mamba3LM, ids: torch.Tensor, state: LMState | None, chunk: int) -> LMState:
+    state = model.init_state(1) if state is None else state
+    for piece in ids.split(chunk, dim=1):
+        _, state = model.prefill(piece, state, last_only=True)
+    return state
+
+
+def _step_is_prefill(model: Mamba3LM, token: torch.Tensor, state: LMState, name: str) -> Check:
+    stepped, _ = model.step(token, state.clone())
+    read, _ = model.prefill(token.unsqueeze(1), state)
+    return agree(f"step = prefill of one token, {name}", stepped, read[:, 0], torch.float32)

@@ -1,0 +1,128 @@
+"""The PNG beside each results file: one figure a subject, one panel a section that was not refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Panel = tuple[str, Callable[[Axes], None]]
+
+
+def draw_cpu(results: dict[str, Any], path: Path) -> None:
+    """Ratios and tokens/s with the range of the rounds, memory by tokens, and time by position."""
+    loop, cost, memory, peer, constancy = results.values()
+    panels: list[Panel] = []
+    if "refused" not in loop:
+        panels.append(("token loop / prefill", lambda axes: _ratios(axes, loop)))
+    if "refused" not in cost:
+        panels.append(("(forward + backward) / forward", lambda axes: _costs(axes, cost)))
+    if "refused" not in memory:
+        panels.append(("memory of the gradient", lambda axes: _memory(axes, memory)))
+    if "refused" not in peer:
+        for verb in ("prefill", "decode"):
+            panels.append((f"{verb}, tokens/s", lambda axes, verb=verb: _speeds(axes, peer, verb)))
+    if "refused" not in constancy:
+        panels.append(("milliseconds of one more token", lambda axes: _constancy(axes, constancy)))
+    _figure(panels, path)
+
+
+def draw_numerics(results: dict[str, Any], path: Path) -> None:
+    """Error of y and of phi by position, and errors by dtype."""
+    million, dtypes = results.values()
+    panels: list[Panel] = []
+    if "refused" not in million:
+        panels.append(("error of y by position", lambda axes: _positions(axes, million, "y", "relative error")))
+        panels.append(("error of phi by position", lambda axes: _positions(axes, million, "phi_rad", "radians")))
+    if "refused" not in dtypes:
+        panels.append(("error by dtype", lambda axes: _dtypes(axes, dtypes)))
+    _figure(panels, path)
+
+
+def _figure(panels: list[Panel], path: Path) -> None:
+    columns = min(3, max(1, len(panels)))
+    lines = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(6.4 * columns, 4.6 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for axes, (title, draw) in zip(grid.flat, panels, strict=False):
+        draw(axes)
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _bars(axes: Axes, names: list[str], spreads: list[dict[str, Any]]) -> None:
+    middle = [s["median"] for s in spreads]
+    reach = [[s["median"] - s["min"] for s in spreads], [s["max"] - s["median"] for s in spreads]]
+    axes.barh(names, middle, xerr=reach, color="tab:blue", alpha=0.8)
+    axes.invert_yaxis()
+
+
+def _ratios(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    _bars(axes, [f"{r['level']}, rank {r['rank']}, {r['dtype']}" for r in rows], [r["ratio"] for r in rows])
+    axes.axvline(rows[0]["goal"], color="tab:red", label="goal")
+    axes.legend()
+
+
+def _costs(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    _bars(axes, [f"rank {r['rank']}" for r in rows], [r["ratio"] for r in rows])
+
+
+def _memory(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for rank in sorted({r["rank"] for r in rows}):
+        mine = [r for r in rows if r["rank"] == rank]
+        for key, style in (("kept_bytes", "o-"), ("peak_bytes", "s--")):
+            label = f"rank {rank}, {key.removesuffix('_bytes')}"
+            axes.plot([r["tokens"] for r in mine], [r[key] / 2**20 for r in mine], style, label=label)
+    axes.set(xlabel="tokens", ylabel="MiB", xlim=(0, None), ylim=(0, None))
+    axes.legend()
+
+
+def _speeds(axes: Axes, rows: list[dict[str, Any]], verb: str) -> None:
+    names, spreads = [], []
+    for row in rows:
+        tokens = row[verb]["tokens"]
+        for name, s in row[verb]["seconds"].items():
+            names.append(f"{row['dtype']}, {name}")
+            spreads.append({"median": tokens / s["median"], "min": tokens / s["max"], "max": tokens / s["min"]})
+    _bars(axes, names, spreads)
+
+
+def _constancy(axes: Axes, result: dict[str, Any]) -> None:
+    names = [f"token {result[name]:,}" for name in ("early", "late")]
+    spreads = (result["early_s"], result["late_s"])
+    ends = {"median": "median", "min": "quartile_1", "max": "quartile_3"}
+    _bars(axes, names, [{end: 1e3 * s[key] for end, key in ends.items()} for s in spreads])
+
+
+def _positions(axes: Axes, models: list[dict[str, Any]], key: str, unit: str) -> None:
+    """One colour a model, one line style a route."""
+    styles = ("-", "--", ":", "-.")
+    for color, model in enumerate(models):
+        for style, errors in zip(styles, model["routes"].values(), strict=True):
+            axes.loglog(errors["positions"], errors[key], style, color=f"C{color}")
+        name = f"rank {model['rank']}{', long memory' if model['long_memory'] else ''}"
+        axes.plot([], [], color=f"C{color}", label=name)
+        if key == "phi_rad":
+            axes.loglog(model["positions"], model["plain_float32_angle_error_rad"], ".", color=f"C{color}")
+    for style, route in zip(styles, models[0]["routes"], strict=True):
+        axes.plot([], [], style, color="black", label=route)
+    if key == "phi_rad":
+        axes.plot([], [], ".", color="black", label="plain float32 sum of angles")
+    axes.set(xlabel="token", ylabel=unit)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
+
+
+def _dtypes(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    dtypes, ranks = (list(dict.fromkeys(r[key] for r in rows)) for key in ("dtype", "rank"))
+    for row in sorted(rows, key=lambda row: -row["rank"]):
+        values = {"y": row["y"], "S": row["S"], **{f"d {name}": v for name, v in row["gradients"].items()}}
+        style = {"color": f"C{dtypes.index(row['dtype'])}", "marker": "ox+"[ranks.index(row["rank"])], "ls": ""}
+        axes.semilogy(list(values), list(values.values()), label=f"rank {row['rank']}, {row['dtype']}", **style)
+    axes.tick_params(axis="x", rotation=90)
+    axes.legend(fontsize=7, ncols=2)
