@@ -45,11 +45,20 @@ def phases(theta: Tensor, tick: Tensor, phi: Tensor, chunks: Chunks) -> tuple[Te
 
 def pass_states(local: Tensor, total: Tensor, S: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
     """What enters each chunk [k, h, p, n] and what leaves the block, from local states and S [s, h, p, n]."""
+    if ranks == 1:
+        return S, torch.addcmul(local, S, total[..., None, None])
+    steps = zip(local.chunk(ranks), total[..., None, None].chunk(ranks), strict=True)
+    if not torch.is_grad_enabled():
+        states = torch.empty(ranks + 1, *S.shape, dtype=S.dtype, device=S.device)
+        states[0] = S
+        for j, (added, decay) in enumerate(steps):
+            torch.addcmul(added, states[j], decay, out=states[j + 1])
+        return states[:-1].flatten(0, 1), states[-1]
     entering = []
-    for added, decay in zip(local.chunk(ranks), total[..., None, None].chunk(ranks), strict=True):
+    for added, decay in steps:
         entering.append(S)
         S = torch.addcmul(added, S, decay)
-    return (entering[0] if ranks == 1 else torch.cat(entering)), S
+    return torch.cat(entering), S
 
 
 def rotated(v: Tensor, bias: Tensor | None, angle: Tensor, wide: torch.dtype) -> Tensor:
@@ -94,17 +103,16 @@ def _work(
         return None, S
 
     scores = (C[0] @ B.transpose(-1, -2)).unflatten(3, by_token).unflatten(2, by_token)
-    scores = (
-        (scores * Between.apply(decay.sums, decay.w, decay.gamma)[:, :, :, None, :, None])
-        .to(dtype)
-        .flatten(4, 5)
-        .flatten(2, 3)
-    )
+    weights = Between.apply(decay.sums, decay.w, decay.gamma)[:, :, :, None, :, None]
+    fresh = dtype == wide and not torch.is_grad_enabled()
+    scores = scores.mul_(weights) if fresh else (scores * weights).to(dtype)
+    scores = scores.flatten(4, 5).flatten(2, 3)
     intra = (scores @ x.flatten(2, 3)).unflatten(2, by_token)
     inter = (C[0] @ entering.to(dtype).transpose(-1, -2)).unflatten(2, by_token)
-    y = torch.addcmul(intra.to(wide), inter.to(wide), decay.into[..., None, None])
+    add_product = torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_
+    y = add_product(intra.to(wide), inter.to(wide), decay.into[..., None, None])
     if inp.D is not None:
-        y = torch.addcmul(y, x.to(wide), inp.D[:, None, None, None].to(wide))
+        y = add_product(y, x.to(wide), inp.D[:, None, None, None].to(wide))
     y = y.permute(0, 2, 3, 1, 4)
     return (y if block.z is None else apply_gate(y, gate._replace(z=block.z))).to(dtype), S
 
@@ -187,6 +195,7 @@ def run(
         S = torch.cat([S, *reversed(finished)])
     if chunks.order is not None:
         S = S.index_select(0, torch.argsort(chunks.order))
+    S = S if torch.is_grad_enabled() else S.clone()  # not a view of all the states of a block
     final = State(phi, S, last_rotated(inp, chunks, phi), chunks.last_token(inp.x), state.conv)
     return (chunks.put(ys) if outputs else None), final
 

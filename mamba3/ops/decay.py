@@ -38,7 +38,7 @@ def decays(log_alpha: Tensor, w: Tensor, gamma: Tensor) -> Decays:
 
 def _before(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """decay(s -> l) for s < l, one elsewhere (so that nothing overflows)."""
-    return (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(dtype).tril(-1).exp()
+    return (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(dtype).tril_(-1).exp_()
 
 
 class Between(Function):
@@ -47,8 +47,12 @@ class Between(Function):
     @staticmethod
     def forward(ctx, sums: Tensor, w: Tensor, gamma: Tensor) -> Tensor:
         factors = _before(sums, w.dtype)
-        ctx.save_for_backward(sums, w, factors)
-        factors = (factors * w.unsqueeze(-2)).tril_(-1)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(sums, w, factors)
+            factors = factors * w.unsqueeze(-2)
+        else:
+            factors.mul_(w.unsqueeze(-2))
+        factors.tril_(-1)
         factors.diagonal(dim1=-2, dim2=-1).add_(gamma)
         return factors
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def apply_gate(y: Tensor, gate: Gate) -> Tensor:
     if placement.startswith("pre"):
         assert gate.norm_weight is not None
         y = _rms_norm(y, gate.norm_weight, placement.endswith("grouped"))
-    y = y * z
+    y = y * z if torch.is_grad_enabled() else z.mul_(y)
     if placement.startswith("post"):
         assert gate.norm_weight is not None
         y = _rms_norm(y, gate.norm_weight, placement.endswith("grouped"))
