@@ -4,6 +4,8 @@ Needs two cores and a few minutes; no GPU, no network. Every number that it show
 """
 
 import json
+import os
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 
 MODEL: dict[str, Any] = {"d_model": 192, "layers": ("mamba3",) * 2, "d_state": 32, "headdim": 64, "d_intermediate": 384}
 TRAINING: dict[str, Any] = {
-    "tokenizer": "bpe", "vocab_size": 1024, "seq_len": 256, "batch_tokens": 1024, "lr": 5e-3, "warmup_steps": 20,
-    "eval_every": 200, "eval_tokens": 16_384, "save_every": 200,
+    "tokenizer": "bpe", "vocab_size": 1024, "seq_len": 256, "batch_tokens": 2048, "lr": 5e-3, "warmup_steps": 20,
+    "eval_every": 50, "eval_tokens": 8_192, "save_every": 100,
 }  # fmt: skip
 STEPS = (100, 2000)  # however fast or slow the machine is
+TIMING = 5.0  # seconds after which timing is not gone on with
+PATIENCE = 1.6  # times the planned seconds, then training is left off
 PROMPT = "\n    def __init__(self"
 SAMPLE, CONTINUATION = 200, 60  # tokens
 SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9}
@@ -37,7 +41,7 @@ MARKS = (1_000, 200_000)  # tokens read when memory is measured
 
 def demo(
     out: Annotated[Path, typer.Option(help="folder of the demonstration")] = Path("demo-run"),
-    seconds: Annotated[int, typer.Option(help="time to train for, about")] = 75,
+    seconds: Annotated[int, typer.Option(help="time to train for, about", min=1)] = 75,
     restart: Annotated[bool, typer.Option("--restart", help="begin anew, whatever the folder holds")] = False,
 ) -> None:
     """Train, generate, save the state, resume it in a new process: all in a few minutes on two cores."""
@@ -48,6 +52,7 @@ def demo(
     console.rule("1. Train on the Python standard library")
     trainer = _train(out, seconds, restart)
     place = trainer.folder / "model"
+    torch.set_num_threads(1)  # one token at a time is too little work to share
     console.rule("2. Write Python")
     text, state = _write(place, out)
     console.rule("3. Stop, and go on in another process")
@@ -68,16 +73,27 @@ def shape(vocabulary: int) -> "Mamba3Config":
 
 
 def _train(out: Path, seconds: int, restart: bool) -> "Trainer":
+    import torch
+
     from mamba3.cli.train import run_training
     from mamba3.train.report import METRICS, read_metrics
 
     out.mkdir(parents=True, exist_ok=True)
     corpus = _write_corpus(out / "corpus.jsonl")
-    config = TrainConfig(**TRAINING, steps=_planned_steps(out / "plan.json", seconds, restart))
+    plan = _plan(out / "plan.json", seconds, restart)
+    torch.set_num_threads(plan["threads"])
+    config = TrainConfig(**TRAINING, steps=plan["steps"])
     trainer = run_training(
-        corpus, out / "run", config, shape, start="restart" if restart else "auto", device="cpu", hint=False
+        corpus,
+        out / "run",
+        config,
+        shape,
+        start="restart" if restart else "auto",
+        device="cpu",
+        patience=PATIENCE * seconds,  # the machine may have become busy since the steps were planned
     )
-    first, *_, last = (line for line in read_metrics(trainer.folder / METRICS) if line["kind"] == "val")
+    validations = [line for line in read_metrics(trainer.folder / METRICS) if line["kind"] == "val"]
+    first, last = validations[0], validations[-1]
     table = Table("on held-out files", f"step {first['step']}", f"step {last['step']}")
     for label, key, digits in (("perplexity", "perplexity", 1), ("bits per byte", "bits_per_byte", 3)):
         table.add_row(label, f"{first[key]:,.{digits}f}", f"{last[key]:,.{digits}f}")
@@ -98,8 +114,11 @@ def _write_corpus(path: Path) -> Path:
     return path
 
 
-def _planned_steps(path: Path, seconds: int, restart: bool) -> int:
-    """Steps that take about `seconds` here: timed once and then kept, so that an interrupted run is resumed as it was."""
+def _plan(path: Path, seconds: int, restart: bool) -> dict[str, int]:
+    """Threads, and steps that take about `seconds` with them here.
+
+    Found by timing once and then kept, so that an interrupted run is resumed as it was.
+    """
     if path.is_file() and not restart:
         plan = json.loads(path.read_text())
         if plan["seconds"] != seconds:
@@ -107,17 +126,22 @@ def _planned_steps(path: Path, seconds: int, restart: bool) -> int:
                 f"a demonstration goes on as it was planned, but {path} is for {plan['seconds']} seconds, not {seconds}; "
                 "leave out --seconds or give --restart."
             )
-        return plan["steps"]
+        return plan
+    import torch
+
     from mamba3.ops.state_file import replace_file
 
-    step = _seconds_per_step()
-    steps = min(max(int(seconds / step), STEPS[0]), STEPS[1])
-    console.print(f"A step takes {step:.3f} s on this machine: {steps} steps are planned.")
-    replace_file(path, json.dumps({"seconds": seconds, "steps": steps}).encode())
-    return steps
+    times = {threads: _seconds_per_step(threads) for threads in sorted({1, torch.get_num_threads()})}
+    threads = min(times, key=lambda n: times[n])  # where others use the cores too, one thread may be the fastest
+    steps = min(max(int(seconds / times[threads]), STEPS[0]), STEPS[1])
+    timed = ", ".join(f"{step:.2f} s on {n} thread{'s'[: n > 1]}" for n, step in times.items())
+    console.print(f"A step takes {timed} here; planned are {steps} steps, threads: {threads}.")
+    plan = {"seconds": seconds, "steps": steps, "threads": threads}
+    replace_file(path, json.dumps(plan).encode())
+    return plan
 
 
-def _seconds_per_step() -> float:
+def _seconds_per_step(threads: int) -> float:
     """Median time of a step on tokens of no meaning."""
     import torch
 
@@ -126,20 +150,21 @@ def _seconds_per_step() -> float:
     from mamba3.train.optim import build_optimizer
     from mamba3.train.packing import Batch
 
+    torch.set_num_threads(threads)
     config = TrainConfig(**TRAINING)
     assert config.vocab_size is not None
     model = Mamba3LM(shape(config.vocab_size))
     optimizer = build_optimizer(model, config)
     ids = torch.randint(config.vocab_size, (config.batch_tokens + 1,))
     bounds = torch.arange(0, config.batch_tokens + 1, config.seq_len, dtype=torch.int32)
-    times = []
-    for _ in range(12):
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < 10 and sum(times) < TIMING):
         began = time.perf_counter()
         batch_loss(model, Batch(ids[None, :-1], ids[1:], bounds), torch.float32).backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - began)
-    return sorted(times[2:])[5]
+    return statistics.median(times[1:])
 
 
 # -- 2, 3
@@ -168,14 +193,14 @@ def _write(place: Path, out: Path) -> tuple[str, Path]:
 
 
 def _resume_elsewhere(place: Path, expected: str, state: Path) -> None:
-    command = [sys.executable, "-m", "mamba3.cli", "generate", "--model", str(place), "--state-in", str(state)]
+    command = ["generate", "--model", str(place), "--state-in", str(state)]
     command += ["--max-new-tokens", str(CONTINUATION), "--device", "cpu"]
     command += [part for name, value in SAMPLING.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     console.print(
         f"The state after {SAMPLE} tokens is in {state} ({state.stat().st_size:,} bytes). A new process goes on from it:"
     )
-    console.print(f"[dim]mamba3 {escape(' '.join(command[3:]))}[/]", soft_wrap=True)
-    found = subprocess.run(command, capture_output=True, check=True).stdout.decode()
+    console.print(f"[dim]mamba3 {escape(' '.join(command))}[/]", soft_wrap=True)
+    found = _in_new_process("mamba3.cli", *command)
     console.print(Panel(escape(found), title=f"process of its own, {CONTINUATION} tokens"))
     if found != expected:
         raise ValueError(
@@ -183,6 +208,22 @@ def _resume_elsewhere(place: Path, expected: str, state: Path) -> None:
             f"{found!r}; please report this."
         )
     console.print("[green]The same text, character for character, as in the process that never stopped.[/]")
+
+
+def _in_new_process(module: str, *arguments: str) -> str:
+    """What `python -m module` with these arguments, on one thread, writes to stdout."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ChildProcessError(
+            f"`{module} {arguments[0]}` must end without an error, but ended with code {done.returncode}: "
+            f"{done.stderr.decode(errors='replace').strip()}"
+        )
+    return done.stdout.decode()
 
 
 # -- 4
@@ -195,8 +236,7 @@ def _read_on(place: Path, trainer: "Trainer", out: Path) -> None:
     np.save(tokens, trainer.train.data.tokens[: MARKS[-1]])
     console.print(f"A new process reads {MARKS[-1]:,} tokens of source code from one state ...")
     began = time.perf_counter()
-    command = [sys.executable, "-m", "mamba3.cli.memory", str(place), str(tokens), *map(str, MARKS)]
-    found: list[Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    found: list[Any] = json.loads(_in_new_process("mamba3.cli.memory", str(place), str(tokens), *map(str, MARKS)))
     seconds = time.perf_counter() - began
     table = Table("tokens read", "state", "process (resident)")
     for read, state, resident in found:

@@ -1,5 +1,7 @@
 """`mamba3 train`: a corpus and a few numbers into a run folder."""
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -92,7 +94,7 @@ def train(
         for name in ("d_model", "d_state", "headdim", "expand", "ngroups", "mimo_rank", "d_intermediate")
         if options[name] is not None
     }
-    run_training(
+    trainer = run_training(
         corpus,
         out,
         TrainConfig.from_dict(settings),
@@ -100,6 +102,7 @@ def train(
         start="resume" if resume else "restart" if restart else "auto",
         device=device,
     )
+    console.print(f"Done: mamba3 generate --model {trainer.folder / 'model'} --prompt ...", soft_wrap=True)
 
 
 def model_config(
@@ -133,9 +136,9 @@ def run_training(
     *,
     start: Literal["auto", "resume", "restart"],
     device: str,
-    hint: bool = True,
+    patience: float = math.inf,
 ) -> "Trainer":
-    """Prepare, train, write run/model and say what came of it (`hint`: and what to do with it).
+    """Prepare, train and write run/model. After `patience` seconds the training is left off at a checkpoint.
 
     Exits with 130 when Ctrl-C stopped it, after a checkpoint.
     """
@@ -152,12 +155,12 @@ def run_training(
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     origin = f"going on after step {trainer.step:,}" if trainer.step else f"a new run in {out}"
     console.print(f"{parameters:,} parameters on {trainer.device}; {origin}.", soft_wrap=True)
-    with stop_on_interrupt("Stopping after this step, with a checkpoint") as should_stop:
-        outcome = trainer.run(should_stop)
-    if outcome.stopped:
-        console.print(f"Stopped after step {outcome.step:,}; the same command goes on from there.")
-        raise typer.Exit(INTERRUPTED)
-    place = export(trainer)
-    if hint:
-        console.print(f"Done: mamba3 generate --model {place} --prompt ...", soft_wrap=True)
+    end = time.perf_counter() + patience
+    with stop_on_interrupt("Stopping after this step, with a checkpoint") as interrupted:
+        outcome = trainer.run(lambda: interrupted() or time.perf_counter() > end)
+        if outcome.stopped:
+            console.print(f"Stopped after step {outcome.step:,}; the same command goes on from there.")
+        if interrupted():
+            raise typer.Exit(INTERRUPTED)
+    export(trainer)
     return trainer

@@ -47,7 +47,8 @@ class Reporter:
 class Metrics:
     """metrics.jsonl: one line for each step and each validation, written as it happens.
 
-    A run that resumes after step k drops the lines beyond k first: what is read is the history of one run.
+    A run that resumes after step k drops the lines beyond k first: what is read is the history of one run. The first
+    validation is of step 0, so `after_step` = -1 drops all.
     """
 
     def __init__(self, path: Path, *, after_step: int):

@@ -87,7 +87,7 @@ class Trainer:
         """
         config, loss, validation, stopped = self.config, None, None, False
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = Metrics(self.folder / METRICS, after_step=self.step)
+        self.metrics = Metrics(self.folder / METRICS, after_step=self.step or -1)  # a new run keeps nothing
         self.model.train()
         self.reporter.started(self.step, config.steps)
         try:

@@ -174,25 +174,26 @@ def test_a_run_in_parts_is_bitwise_the_run_in_one_on_a_gpu(corpus, tmp_path, dty
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
-def test_steps_beyond_the_last_checkpoint_are_done_again(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [0, 2, 6])
+def test_steps_beyond_the_last_checkpoint_are_done_again(corpus, tmp_path, monkeypatch, step):
     train(corpus, tmp_path / "whole")
     made = prepare(corpus, tmp_path / "cut", CONFIG, shape)
     take = trainer.Trainer._take_step
 
-    def die_in_step_7(self):
-        if self.step == 6:
+    def die(self):
+        if self.step == step:
             raise MemoryError
         return take(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_take_step", die_in_step_7)
+        patch.setattr(trainer.Trainer, "_take_step", die)
         with pytest.raises(MemoryError):
             made.run()
     metrics = tmp_path / "cut" / "metrics.jsonl"
-    assert len(losses(tmp_path / "cut")) > 5
+    assert len(losses(tmp_path / "cut")) > step
     with metrics.open("a") as file:
         file.write('{"kind": "step", "step": 7, "lo')  # cut short by the kill
-    made, _ = train(corpus, tmp_path / "cut", start="resume")
+    train(corpus, tmp_path / "cut")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
@@ -391,6 +392,6 @@ def test_after_kill_9_the_losses_are_bitwise_those_of_a_run_that_was_not_killed(
 @pytest.mark.slow
 def test_any_number_of_kills_changes_nothing(corpus, tmp_path):
     train(corpus, tmp_path / "whole", TrainConfig(**{**CONFIG.to_dict(), "save_every": 3}))
-    assert kill_and_finish(corpus, tmp_path / "killed", 3, [1, 2, 4, 5, 6, 8, 9, 11, 12, 13]) > 3
+    assert kill_and_finish(corpus, tmp_path / "killed", 3, [1, 2, 5, 6, 9, 12]) > 2
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
