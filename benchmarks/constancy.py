@@ -6,7 +6,10 @@ fixed size, so neither time nor memory should know which is which.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +40,23 @@ class Sizes:
 
 
 def resident_bytes() -> int | None:
-    """Memory that this process holds; None where the system does not say."""
+    """Memory that this process holds, once the C library has given back what is free; None where the system does not say.
+
+    glibc keeps freed blocks of a prefill's working memory, more or fewer of them from one call to the next.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else None
+
+
+def held_bytes(state: LMState) -> int:
+    """What the state keeps alive: more than its own bytes when one of its tensors is a view of something larger."""
+    tensors = (v for layer in state.layers for v in layer.tensors().values())
+    storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in tensors}
+    return sum(storages.values()) + state.tokens.nbytes
 
 
 @torch.no_grad()
@@ -67,7 +84,7 @@ def measure(sizes: Sizes, tell: Tell) -> dict[str, Any]:
     assert late.tokens.item() == sizes.late
 
     tell(f"decoding at token {sizes.early:,} and at token {sizes.late:,}")
-    bytes_early, bytes_late = early.nbytes, late.nbytes
+    held = {"early": held_bytes(early), "late": held_bytes(late)}
     checks = [_step_is_prefill(model, token, early, "early"), _step_is_prefill(model, token, late, "late")]
     result = race(
         {"early": lambda: model.step(token, early), "late": lambda: model.step(token, late)},
@@ -82,13 +99,14 @@ def measure(sizes: Sizes, tell: Tell) -> dict[str, Any]:
         "early_s": result.seconds["early"].to_dict(),
         "late_s": result.seconds["late"].to_dict(),
         "ratio": ratio.to_dict(),
-        "state_bytes": {"early": bytes_early, "late": bytes_late},
+        "state_bytes": {"early": early.nbytes, "late": late.nbytes},
+        "state_held_bytes": held,
         "resident_bytes": resident,
         "resident_ratio": memory_ratio,
         "goal": GOAL,
         "met": abs(ratio.median - 1) <= GOAL
-        and bytes_early == bytes_late
-        and (memory_ratio is None or memory_ratio - 1 <= GOAL),
+        and held["late"] <= (1 + GOAL) * held["early"]
+        and (memory_ratio is None or memory_ratio <= 1 + GOAL),
         "checks": [check._asdict() for check in result.checks],
     }
 

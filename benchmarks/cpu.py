@@ -36,19 +36,19 @@ QUICK = Sizes(
 
 
 def sections(sizes: Sizes) -> dict[str, Section]:
-    """The sections by name, in the order they run."""
+    """The sections by name, in the order they run: the one that reads the process's memory comes while that is small."""
     return {
+        "late tokens against early ones": functools.partial(constancy.measure, sizes.constancy),
         "prefill against the token loop": functools.partial(loop.measure, sizes.loop),
         "cost of the gradient": functools.partial(gradient.cost, sizes.gradient),
         "memory of the gradient": functools.partial(gradient.memory, sizes.gradient),
         "against transformers' Mamba-2": functools.partial(peer.measure, sizes.peer),
-        "late tokens against early ones": functools.partial(constancy.measure, sizes.constancy),
     }
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """What was measured, for a terminal; refused sections are left out."""
-    drawn = zip((_loop, _cost, _memory, _peer, _constancy), results.values(), strict=True)
+    drawn = zip((_constancy, _loop, _cost, _memory, _peer), results.values(), strict=True)
     return [draw(result) for draw, result in drawn if "refused" not in result]
 
 
@@ -101,7 +101,7 @@ def _peer(rows: list[dict[str, Any]]) -> Table:
 
 
 def _constancy(result: dict[str, Any]) -> Table:
-    columns = ("token", "decode ms", "state bytes", "process MiB", "late / early (quartiles)", "goal")
+    columns = ("token", "decode ms", "state bytes", "held by it", "process MiB", "late / early (quartiles)", "goal")
     table = Table(*columns, title="Late and early tokens")
     ratio = _range(result["ratio"], 3, "quartile_1", "quartile_3")
     verdict = {"early": ("", ""), "late": (ratio, _goal(result, "within"))}
@@ -111,6 +111,7 @@ def _constancy(result: dict[str, Any]) -> Table:
             f"{result[name]:,}",
             f"{1e3 * result[f'{name}_s']['median']:.3f}",
             f"{result['state_bytes'][name]:,}",
+            f"{result['state_held_bytes'][name]:,}",
             "unknown" if resident is None else f"{resident / 2**20:,.1f}",
             *verdict[name],
         )

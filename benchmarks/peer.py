@@ -107,7 +107,11 @@ class Peer:
 @torch.no_grad()
 def measure(sizes: Sizes, tell: Tell) -> list[dict[str, Any]]:
     """A row for each dtype: parameters, tokens/s of prefill and decode for every contestant, and the ratios."""
-    return [_measure_dtype(sizes, dtype, tell) for dtype in sizes.dtypes]
+    rows = []
+    for dtype in sizes.dtypes:
+        rows.append(_measure_dtype(sizes, dtype, tell))
+        torch.compiler.reset()  # compiled code keeps its model alive
+    return rows
 
 
 def build_ours(sizes: Sizes, dtype: torch.dtype) -> Mamba3LM:

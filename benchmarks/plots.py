@@ -14,7 +14,7 @@ Panel = tuple[str, Callable[[Axes], None]]
 
 def draw_cpu(results: dict[str, Any], path: Path) -> None:
     """Ratios and tokens/s with the range of the rounds, memory by tokens, and time by position."""
-    loop, cost, memory, peer, constancy = results.values()
+    constancy, loop, cost, memory, peer = results.values()
     panels: list[Panel] = []
     if "refused" not in loop:
         panels.append(("token loop / prefill", lambda axes: _ratios(axes, loop)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ def run_sections(sections: Mapping[str, Section], tell: Tell, done: Callable[[],
             results[name] = section(tell)
         except Refused as refusal:
             results[name] = {"refused": str(refusal)}
+        gc.collect()
         done()
     return results
 

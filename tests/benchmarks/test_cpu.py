@@ -123,6 +123,16 @@ def test_time_and_memory_by_position():
     assert result["ratio"]["rounds"] == 4
 
 
+def test_memory_behind_a_view_counts():
+    """A state whose x_prev is a slice of a thousand tokens holds all of them."""
+    model = peer.build_ours(PEER, torch.float32)
+    state = model.init_state(1)
+    assert constancy.held_bytes(state) == state.nbytes
+    layer, wide = state.layers[0], torch.zeros(1, 1000, 4, 8)
+    state.layers[0] = layer._replace(x_prev=wide[:, -1])
+    assert constancy.held_bytes(state) == state.nbytes - 4 * 8 * 4 + wide.nbytes
+
+
 def test_the_command_writes_results_and_fails_when_refused(monkeypatch, tmp_path, wrong_scan):
     monkeypatch.setattr(cpu, "QUICK", TOY)
     monkeypatch.setattr(peer, "measure", lambda sizes, tell: [])
