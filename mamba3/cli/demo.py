@@ -41,7 +41,7 @@ MARKS = (1_000, 200_000)  # tokens read when memory is measured
 
 def demo(
     out: Annotated[Path, typer.Option(help="folder of the demonstration")] = Path("demo-run"),
-    seconds: Annotated[int, typer.Option(help="time to train for, about", min=1)] = 75,
+    seconds: Annotated[int, typer.Option(help="time to train for, about", min=1)] = 90,
     restart: Annotated[bool, typer.Option("--restart", help="begin anew, whatever the folder holds")] = False,
 ) -> None:
     """Train, generate, save the state, resume it in a new process: all in a few minutes on two cores."""

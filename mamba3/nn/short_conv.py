@@ -36,7 +36,7 @@ class ShortConv(nn.Module):
         """The convolved rows, and the state after the last of each sequence."""
         state, halo = state.to(v.dtype), self.width - 1
         if cu_seqlens is None:
-            return self._slide(torch.cat([state, v], dim=1)), torch.cat([state, v], dim=1)[:, -halo:]
+            return self._slide(torch.cat([state, v], dim=1)), torch.cat([state, v[:, -halo:]], dim=1)[:, -halo:].clone()
         lengths = [b - a for a, b in itertools.pairwise(cu_seqlens)]
         pieces = v[0].split(lengths)
         extended = [torch.cat(pair) for pair in zip(state, pieces, strict=True)]

@@ -33,7 +33,7 @@ def decays(log_alpha: Tensor, w: Tensor, gamma: Tensor) -> Decays:
     sums = log_alpha.transpose(1, 2).to(phase_dtype(device)).cumsum(2)
     w, gamma, last = w.transpose(1, 2).contiguous(), gamma.transpose(1, 2), sums[..., -1:]
     out = (last - sums).to(dtype).exp() * w
-    return Decays(sums, w, gamma, sums.to(dtype).exp(), out, last.squeeze(-1).to(dtype).exp())
+    return Decays(sums, w, gamma, sums.to(dtype).exp(), out, last.squeeze(-1).exp().to(dtype))
 
 
 def _before(sums: Tensor, dtype: torch.dtype) -> Tensor:

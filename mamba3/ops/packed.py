@@ -105,8 +105,8 @@ class Chunks:
         return following if self.last is None else following.index_fill(1, self.last, 0)
 
     def last_token(self, v: Tensor) -> Tensor:
-        """v [b, t, ...] at the last token of each sequence, in the caller's order: [s, ...]."""
-        return v[:, -1] if self.last is None else v[0].index_select(0, self.last)
+        """v [b, t, ...] at the last token of each sequence, in the caller's order: [s, ...]; a copy, which keeps no v alive."""
+        return v[:, -1].clone() if self.last is None else v[0].index_select(0, self.last)
 
     def first_token(self, v: Tensor) -> Tensor:
         """v [b, t, ...] at the first token of each sequence, in the caller's order: [s, ...]."""

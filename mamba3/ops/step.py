@@ -12,7 +12,7 @@ from torch import Tensor
 from mamba3.ops.discretize import discretize
 from mamba3.ops.gate import apply_gate
 from mamba3.ops.ranks import per_head, per_rank
-from mamba3.ops.rotate import rotate_pairs, wrap
+from mamba3.ops.rotate import phase_dtype, rotate_pairs, wrap
 from mamba3.ops.types import Gate, Inputs, ScanOutput, State, without_autocast
 
 
@@ -30,7 +30,8 @@ def advance(inp: Inputs, gate: Gate, state: State, *, inplace: bool) -> ScanOutp
     c = discretize(inp.dt, inp.A, inp.lam)
     alpha = c.log_alpha.exp()
     tick = inp.dt if inp.tick is None else inp.tick
-    phi = wrap(state.phi + inp.theta.unsqueeze(1) * tick.unsqueeze(-1))
+    turned = inp.theta.unsqueeze(1) * tick.unsqueeze(-1)
+    phi = wrap(state.phi.to(phase_dtype(turned.device)) + turned).to(wide)  # a float32 sum always errs to one side
     cos, sin = phi.cos().unsqueeze(1), phi.sin().unsqueeze(1)
     B = rotate_pairs(per_head(inp.B.to(wide), inp.B_bias, nheads), cos, sin).to(dtype)
     C = rotate_pairs(per_head(inp.C.to(wide), inp.C_bias, nheads), cos, sin)

@@ -223,3 +223,13 @@ def test_compiles_whole(kind):
         for t in range(3):
             assert distance(step(u[:, t], ours)[0], mixer.step(u[:, t], theirs)[0]) < 1e-5
         assert state_distance(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mimo", "short convolution"])
+def test_a_state_keeps_nothing_else_alive(name):
+    """A view of the last token would hold the projections of the whole prompt."""
+    mixer = layer(**SETTINGS[name])
+    with torch.no_grad():
+        _, state = mixer.prefill(torch.randn(1, 500, 16, dtype=torch.float64))
+    held = sum(v.untyped_storage().nbytes() for v in state if v is not None)
+    assert held == state.nbytes
