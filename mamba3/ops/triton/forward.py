@@ -1,0 +1,211 @@
+"""The forward pass: coefficients, phases, (segments' summaries, merge,) fused output, the state's last token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mamba3.ops.gate import apply_gate
+from mamba3.ops.triton.coefficients import coefficients_kernel, phases_kernel
+from mamba3.ops.triton.last_token import last_token_kernel
+from mamba3.ops.triton.launch import Device, Launch, choose, device_limits, padded, segment_programs
+from mamba3.ops.triton.output import output_kernel
+from mamba3.ops.triton.segments import merge_kernel, summary_kernel
+from mamba3.ops.triton.tables import Tables, tables
+from mamba3.ops.types import Gate, Inputs, ScanOutput, State
+
+
+TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Sizes(NamedTuple):
+    """Of one call: the letters of mamba3.ops, padded where a P follows, and what is present."""
+
+    H: int
+    G: int
+    R: int
+    P: int
+    N: int
+    A: int
+
+    @property
+    def RP(self) -> int:
+        return triton.next_power_of_2(self.R)
+
+    def matrix(self) -> dict[str, int]:
+        """Constants of the kernels that multiply matrices."""
+        U = self.N - 2 * self.A
+        return dict(
+            H=self.H, G=self.G, R=self.R, RP=self.RP, P=self.P, PP=padded(self.P), N=self.N, A=self.A,
+            AP=padded(self.A), UP=padded(U),
+        )  # fmt: skip
+
+
+class Coefficients(NamedTuple):
+    """Rows [h, t] of each token, and the phase [c, h, a] at the start of each chunk."""
+
+    decay: Tensor
+    decay_low: Tensor
+    source: Tensor
+    source_low: Tensor
+    gamma: Tensor
+    tick: Tensor
+    phase: Tensor
+
+
+def rows(v: Tensor) -> tuple[Tensor, int]:
+    """x or z [b, t, h, p] and its elements a token: columns of a wider projection are read where they are."""
+    b, t, h, p = v.shape
+    row = v.stride(1)
+    if v.stride(3) == 1 and v.stride(2) == p and (b == 1 or v.stride(0) == t * row):
+        return v, row
+    return v.contiguous(), h * p
+
+
+def _flat(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
+
+
+def _parameter(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.float().contiguous()
+
+
+def tiles(inp: Inputs, gate: Gate, sizes: Sizes, launch: Launch) -> dict[str, Tensor | TensorDescriptor | None]:
+    """x, z, theta, B and C as the matrix stages take them: pointers, or descriptors for the bulk copy engine."""
+    b, t = inp.x.shape[:2]
+    (x, x_row), (z, z_row) = rows(inp.x), rows(gate.z) if gate.z is not None else (None, 0)
+    v = dict(x=x, z=z, theta=inp.theta.contiguous(), B=inp.B.contiguous(), C=inp.C.contiguous())
+    v |= dict(B_rest=v["B"], C_rest=v["C"], x_row=x_row, z_row=z_row)
+    if launch.bulk:
+        constants, T = sizes.matrix(), b * t
+        width = sizes.G * sizes.N
+        for name in ("B", "C"):
+            whole = v[name].view(T * sizes.R, width)
+            for key, n in ((name, constants["AP"]), (name + "_rest", constants["UP"])):
+                v[key] = TensorDescriptor(whole, [T * sizes.R, width], [width, 1], [launch.tokens * sizes.RP, n])
+        v["theta"] = TensorDescriptor(v["theta"], [T, sizes.A], [sizes.A, 1], [launch.tokens, constants["AP"]])
+        if sizes.RP == 1:
+            for name, row in (("x", x_row), ("z", z_row)):
+                if v[name] is not None:
+                    v[name] = TensorDescriptor(v[name], [T, sizes.H * sizes.P], [row, 1], [launch.tokens, constants["PP"]])
+    return v
+
+
+def coefficients(inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | None) -> tuple[Coefficients, Tensor]:
+    """What every chunk needs before its matrices, and the final phi [s, h, a]."""
+    b, t = inp.x.shape[:2]
+    T, H, A, exact = b * t, sizes.H, sizes.A, inp.x.dtype == torch.float32
+    like = {"device": inp.x.device, "dtype": torch.float32}
+    row = lambda present=True: torch.empty((H, T) if present else (0,), **like)
+    c = Coefficients(
+        row(), row(exact), row(), row(exact), row(), row(A > 0),
+        torch.empty(table.chunks.shape[0], H, A, device=inp.x.device, dtype=torch.int32),
+    )  # fmt: skip
+    tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
+    HB = min(16, triton.next_power_of_2(H))
+    coefficients_kernel[(table.chunks.shape[0], triton.cdiv(H, HB))](
+        inp.dt.contiguous(), inp.A.contiguous(), inp.lam.contiguous(), tick, inp.theta.contiguous(), table.chunks,
+        c.decay, c.decay_low, c.source, c.source_low, c.gamma, c.tick, c.phase, T,
+        H=H, A=A, AP=padded(A), L=chunk, HB=HB, EXACT=exact, num_warps=4,
+    )  # fmt: skip
+    phi_out = torch.empty(table.sequences.shape[0], H, A, **like)
+    if A:
+        BLOCK = 32
+        phases_kernel[(table.sequences.shape[0], triton.cdiv(H * A, BLOCK))](
+            c.phase, phi, table.sequences, phi_out, HA=H * A, CB=64, BLOCK=BLOCK, HAS_PHI=phi is not None, num_warps=4
+        )
+    return c, phi_out
+
+
+def entering_states(
+    inp: Inputs, v: dict, sizes: Sizes, table: Tables, c: Coefficients, state: State | None, options: dict
+) -> Tensor | None:
+    """The state that enters each segment [k, h, p, n], or None where all are zero."""
+    if state is None and not table.split:
+        return None
+    H, P, N = sizes.H, sizes.P, sizes.N
+    count = table.segments.shape[0]
+    S = torch.empty(count, H, P, N, device=inp.x.device, dtype=torch.float32)
+    total = torch.empty(count, H, device=inp.x.device, dtype=torch.float32)
+    if table.split:
+        summary_kernel[(H, count)](
+            v["x"], v["theta"], v["B"], v["B_rest"], _parameter(inp.B_bias), _parameter(inp.mimo_x),
+            c.decay, c.decay_low, c.source, c.source_low, c.tick, c.phase, table.segments, S, total,
+            inp.x.shape[0] * inp.x.shape[1], v["x_row"],
+            HAS_BIAS_B=inp.B_bias is not None, HAS_MIMO_X=inp.mimo_x is not None, **sizes.matrix(), **options,
+        )  # fmt: skip
+    given = State(*(_flat(v) for v in state)) if state is not None else State(S, S, S, S)
+    PB = min(16, triton.next_power_of_2(P))
+    merge_kernel[(H, table.sequences.shape[0], triton.cdiv(P, PB))](
+        S, total, given.S, given.x_prev, given.B_prev, _parameter(inp.mimo_x), inp.dt.contiguous(),
+        inp.lam.contiguous(), table.sequences, table.sequence_segments,
+        H=H, R=sizes.R, P=P, PB=PB, N=N, NP=triton.next_power_of_2(N), HAS_STATE=state is not None,
+        HAS_MIMO_X=inp.mimo_x is not None, num_warps=4,
+    )  # fmt: skip
+    return S
+
+
+def last_token(inp: Inputs, sizes: Sizes, table: Tables, phi: Tensor) -> tuple[Tensor, Tensor]:
+    """B_prev [s, r, h, n] and x_prev [s, h, p] of the state after each sequence."""
+    s = table.sequences.shape[0]
+    B_prev = torch.empty(s, sizes.R, sizes.H, sizes.N, device=phi.device, dtype=inp.x.dtype)
+    x_prev = torch.empty(s, sizes.H, sizes.P, device=phi.device, dtype=inp.x.dtype)
+    x, x_row = rows(inp.x)
+    constants = sizes.matrix()
+    del constants["RP"]
+    last_token_kernel[(sizes.H, s)](
+        x, inp.B.contiguous(), _parameter(inp.B_bias), phi, table.sequences, B_prev, x_prev, x_row,
+        **constants, HAS_BIAS_B=inp.B_bias is not None, num_warps=1,
+    )  # fmt: skip
+    return B_prev, x_prev
+
+
+def scan(
+    inp: Inputs,
+    gate: Gate,
+    state: State | None,
+    cu_seqlens: list[int] | None,
+    *,
+    launch: Launch | None = None,
+    limits: Device | None = None,
+) -> ScanOutput:
+    """The recurrence over all tokens; arguments as `check_inputs` gives them, state None where it is zero."""
+    b, t, H, P = inp.x.shape
+    limits = limits or device_limits(inp.x.device)
+    launch = launch or choose(limits, inp.x.dtype, inp.rank)
+    boundaries = tuple(range(0, b * t + 1, t)) if cu_seqlens is None else tuple(cu_seqlens)
+    table = tables(boundaries, launch.tokens, segment_programs(limits, H), inp.x.device)
+    sizes = Sizes(H, inp.B.shape[-2], inp.rank, P, inp.B.shape[-1], inp.theta.shape[-1])
+    hardware = limits.nvidia and inp.x.dtype != torch.float32
+
+    phi = None if state is None else state.phi.contiguous()
+    c, phi = coefficients(inp, sizes, table, launch.tokens, phi)
+    v = tiles(inp, gate, sizes, launch)
+    options = dict(
+        L=launch.tokens, EXACT=inp.x.dtype == torch.float32, HARDWARE=hardware, BULK=launch.bulk, STAGES=launch.stages,
+        DTYPE=TRITON_TYPES[inp.x.dtype], num_warps=launch.num_warps, maxnreg=launch.registers,
+    )  # fmt: skip
+    S_in = entering_states(inp, v, sizes, table, c, state, options)
+
+    fused = gate.z is not None and gate.norm == "none"
+    shape = (b, t, H, P) if fused else (b, t, sizes.R, H, P)
+    y = torch.empty(shape, device=inp.x.device, dtype=inp.x.dtype if fused or gate.z is None else torch.float32)
+    S = torch.empty(table.sequences.shape[0], H, P, sizes.N, device=inp.x.device, dtype=torch.float32)
+    output_kernel[(H, table.segments.shape[0])](
+        v["x"], v["z"], v["theta"], v["B"], v["B_rest"], v["C"], v["C_rest"], _parameter(inp.B_bias),
+        _parameter(inp.C_bias), _parameter(inp.mimo_x), _parameter(gate.mimo_z), _parameter(gate.mimo_o),
+        _parameter(inp.D), c.decay, c.decay_low, c.source, c.source_low, c.gamma, c.tick, c.phase, S_in,
+        table.segments, y, S, b * t, v["x_row"], v["z_row"],
+        HAS_BIAS_B=inp.B_bias is not None, HAS_BIAS_C=inp.C_bias is not None, HAS_MIMO_X=inp.mimo_x is not None,
+        HAS_MIMO_Z=fused and gate.mimo_z is not None, HAS_MIMO_O=fused and gate.mimo_o is not None,
+        HAS_D=inp.D is not None, HAS_Z=fused, HAS_S=S_in is not None, **sizes.matrix(), **options,
+    )  # fmt: skip
+    if gate.z is not None and not fused:
+        y = apply_gate(y, gate).to(inp.x.dtype)
+    B_prev, x_prev = last_token(inp, sizes, table, phi)
+    return ScanOutput(y, State(phi, S, B_prev, x_prev, None if state is None else state.conv))
