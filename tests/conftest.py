@@ -1,8 +1,19 @@
 """What every test runs under: a fixed seed, and uninitialised memory that is NaN."""
 
+import importlib.util
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    # A kernel, and Triton's own library, is interpreted if this is set while it is defined.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import mamba3.ops.triton.decode
+    import mamba3.ops.triton.library  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 settings.register_profile("laws", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("laws")

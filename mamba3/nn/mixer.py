@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mamba3.nn import init
 from mamba3.nn.norm import RMSNorm
 from mamba3.nn.short_conv import ShortConv
+from mamba3.ops import triton as kernels
 from mamba3.ops.discretize import DECAYS, decay_rate
 from mamba3.ops.gate import OUT_NORMS
 from mamba3.ops.scan import run_scan, run_step
@@ -235,7 +236,10 @@ class Mamba3(nn.Module):
         is returned.
         """
         self._check_input(u, 2)
-        row, conv, inplace = self._project(u), None, not torch.is_grad_enabled()
+        inplace = not torch.is_grad_enabled()
+        if inplace and self._decodes(u, state):
+            return self.out_proj(self._decode(self.in_proj(u), state).flatten(-2)), state
+        row, conv = self._project(u), None
         if self.conv is not None:
             mixed, conv = self.conv.step(torch.cat([row.x, row.B, row.C], dim=-1), self._conv_state(state))
             row = self._replace_conv(row, mixed)
@@ -243,6 +247,27 @@ class Mamba3(nn.Module):
         if conv is not None:
             after = after._replace(conv=state.conv.copy_(conv) if inplace and state.conv is not None else conv)
         return self.out_proj(y.flatten(-2)), after
+
+    def _decodes(self, u: Tensor, state: State) -> bool:
+        """Whether the fused decode kernel does this layer's step: everything but convolution, out norm and RoPE."""
+        plain = self.conv is None and self.norm is None and self.rotation != "standard"
+        if not plain or u.device.type != "cuda" or kernels.why_not(u.device, self.in_proj.weight.dtype):
+            return False
+        return all(v.is_contiguous() for v in state[:4])
+
+    def _decode(self, row: Tensor, state: State) -> Tensor:
+        """One token between the projections, by `mamba3.ops.triton.decode`; the state moves on in place."""
+        from mamba3.ops.triton.decode import Parameters, decode
+
+        def parameter(v: Tensor | None) -> Tensor | None:
+            return None if v is None else v.float().contiguous()
+
+        shared = Parameters(
+            self.dt_bias.float(), self.B_norm.weight, self.C_norm.weight, parameter(self.B_bias), parameter(self.C_bias),
+            parameter(self.mimo_x), parameter(self.mimo_z), parameter(self.mimo_o), parameter(self.D), self.ngroups,
+            self.mimo_rank, self.decay, self.A_floor, None if self.lam == "learned" else float(self.lam),
+        )  # fmt: skip
+        return decode(row, shared, state)
 
     def _check_input(self, u: Tensor, dimensions: int) -> None:
         letters = "[b, t, d_model]" if dimensions == 3 else "[b, d_model]"

@@ -9,19 +9,26 @@ from torch import Tensor
 
 from mamba3.ops import chunked, reference
 from mamba3.ops import step as one_step
+from mamba3.ops import triton as kernels
 from mamba3.ops.types import Gate, Inputs, ScanOutput, State
-from mamba3.ops.validation import check_inputs, fits
+from mamba3.ops.validation import check, check_inputs, fits, zero_state
 
-Implementation = Literal["auto", "reference", "chunked"]
-IMPLEMENTATIONS = {"reference": reference.scan, "chunked": chunked.scan}
+Implementation = Literal["auto", "reference", "chunked", "triton"]
+IMPLEMENTATIONS = ("reference", "chunked", "triton")
 
 
 def implementations(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
     """Each implementation with, in words, whether it runs on `device` with inputs of `dtype`, and what `auto` takes."""
-    device = torch.device(device)
+    device, name = torch.device(device), str(dtype).removeprefix("torch.")
+    reason = kernels.why_not(device, dtype)
+    picked = "auto takes it" if reason else "auto takes it where gradients are recorded"
+    fused = (
+        f"does not run: {reason}" if reason else f"runs on {device.type} in {name}: fused, forward only; auto takes it"
+    )
     return {
         "reference": f"runs on {device.type}: float64, token by token, the definition; never chosen by auto",
-        "chunked": f"runs on {device.type} in {str(dtype).removeprefix('torch.')}: chunk-parallel PyTorch; auto takes it",
+        "chunked": f"runs on {device.type} in {name}: chunk-parallel PyTorch; {picked}",
+        "triton": fused + ("" if reason else " where no gradient is recorded"),
     }
 
 
@@ -71,7 +78,8 @@ def scan(
             comes out for each rank.
         state: where each sequence starts, [b, ...] or [s, ...] for a pack; zeros when None.
         cu_seqlens: boundaries [s + 1] of s sequences packed along t, with b = 1: 0, ..., t.
-        impl: "auto" (see `implementations`), "chunked" or "reference" (float64 results).
+        impl: "auto" (see `implementations`), "triton" (fused kernels, forward only), "chunked" or "reference" (float64
+            results).
 
     Returns:
         ScanOutput(y, state): y [b, t, h, p], or [b, t, r, h, p] without z; the state after each sequence. Differentiable
@@ -97,11 +105,25 @@ def run_scan(
     impl: Implementation = "auto",
 ) -> ScanOutput:
     """`scan` for callers that hold its arguments as `Inputs` and `Gate`."""
-    chosen = "chunked" if impl == "auto" else impl
-    if chosen not in IMPLEMENTATIONS:
+    if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"impl must be auto, {' or '.join(IMPLEMENTATIONS)}; it is {impl!r}.")
-    inp, gate, checked, boundaries = check_inputs(inp, gate, state, cu_seqlens)
-    return IMPLEMENTATIONS[chosen](inp, gate, checked, boundaries)
+    inp, gate, state, boundaries, sizes = check(inp, gate, state, cu_seqlens)
+    reason = _why_not_triton(inp, gate, state)
+    if impl == "triton" and reason:
+        raise ValueError(f"impl='triton' cannot run here: {reason}. Use impl='auto' or 'chunked'.")
+    if impl == "triton" or (impl == "auto" and reason is None and inp.x.device.type == "cuda"):
+        from mamba3.ops.triton import library
+
+        return library.scan(inp, gate, state, boundaries)
+    state = state or zero_state(inp, sizes)
+    return (reference if impl == "reference" else chunked).scan(inp, gate, state, boundaries)
+
+
+def _why_not_triton(inp: Inputs, gate: Gate, state: State | None) -> str | None:
+    tensors = (v for v in (*inp, *gate, *(state or ())) if isinstance(v, Tensor))
+    if torch.is_grad_enabled() and any(v.requires_grad for v in tensors):
+        return "a gradient is recorded, and the kernels have no backward yet"
+    return kernels.why_not(inp.x.device, inp.x.dtype)
 
 
 def step(

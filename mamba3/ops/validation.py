@@ -73,6 +73,22 @@ def check_inputs(
     inp: Inputs, gate: Gate, state: State | None, cu_seqlens: Tensor | list[int] | None, *, one_token: bool = False
 ) -> tuple[Inputs, Gate, State, list[int] | None]:
     """Inputs with coefficients in their wide dtype, the gate, a state (zero if None was given), and boundaries."""
+    inp, gate, checked, boundaries, sizes = check(inp, gate, state, cu_seqlens, one_token=one_token)
+    return inp, gate, checked or zero_state(inp, sizes), boundaries
+
+
+def zero_state(inp: Inputs, sizes: dict[str, int]) -> State:
+    """The state before the first token of inputs whose letters have these sizes."""
+    return State.zeros(
+        sizes["s"], nheads=sizes["h"], headdim=sizes["p"], d_state=sizes["n"], pairs=sizes["a"], rank=sizes["r"],
+        device=inp.x.device, dtype=inp.x.dtype,
+    )  # fmt: skip
+
+
+def check(
+    inp: Inputs, gate: Gate, state: State | None, cu_seqlens: Tensor | list[int] | None, *, one_token: bool = False
+) -> tuple[Inputs, Gate, State | None, list[int] | None, dict[str, int]]:
+    """`check_inputs` that makes no state where none was given; and the size of each letter."""
     sizes: dict[str, int] = {}
     strip = _without_time if one_token else dict
     for values, shapes in ((inp, strip(INPUT_SHAPES)), (gate, strip(GATE_SHAPES))):
@@ -85,12 +101,7 @@ def check_inputs(
 
     boundaries = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, sizes["b"], sizes["t"])
     sizes["s"] = sizes["b"] if boundaries is None else len(boundaries) - 1
-    if state is None:
-        state = State.zeros(
-            sizes["s"], nheads=sizes["h"], headdim=sizes["p"], d_state=sizes["n"], pairs=sizes["a"], rank=sizes["r"],
-            device=inp.x.device, dtype=inp.x.dtype,
-        )  # fmt: skip
-    else:
+    if state is not None:
         for name, letters in STATE_SHAPES.items():
             _check_place(f"state.{name}", getattr(state, name), inp.x)
             _match(f"state.{name}", getattr(state, name), letters, sizes)
@@ -99,7 +110,7 @@ def check_inputs(
     if inp.tick is not None:
         coefficients["tick"] = inp.tick.to(wide)
     inp = inp._replace(**coefficients, B=inp.B.to(inp.x.dtype), C=inp.C.to(inp.x.dtype))
-    return inp, gate, state, boundaries
+    return inp, gate, state, boundaries, sizes
 
 
 def fits(inp: Inputs, state: State) -> bool:

@@ -1,0 +1,36 @@
+"""The same stages as `chunked`, fused into Triton kernels; one family for SISO and MIMO, dense and packed.
+
+    coefficients   decays, weights and turned angle of each chunk; phases: their sum along each sequence
+    segments       what each segment of a long sequence does to the state, and the state that enters it
+    output         the fused pass: rotate, score, read out, skip, gate, pass the state on
+    last_token     B and x of a sequence's last token, for the state
+    decode         one token between the two projections of a layer, in one kernel
+
+Importing this package does not import triton; `why_not` says whether it can be used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.compiler.assume_constant_result
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run on `device` with inputs of `dtype`; None where they can."""
+    if not INSTALLED:
+        return "triton is not installed (it comes with torch's CUDA and ROCm builds)"
+    if dtype not in DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return f"the kernels need a CUDA or ROCm device, not {device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0, for bfloat16 matrix instructions"
+    return None

@@ -1,3 +1,4 @@
+# type: ignore  the bodies of kernels are Triton, which only looks like Python
 """Angles inside kernels: fixed-point turns, and their cosine and sine.
 
 A turn is 2 pi radians. Phases are int32 with 2^32 = one turn: addition wraps by itself, is exact and associative, so sums
@@ -23,9 +24,18 @@ def wrapped(turns):
 
 
 @triton.jit
+def turned_by(theta, tick, EXACT: tl.constexpr):
+    """theta tick, radians, as wrapped turns. EXACT multiplies in float64, so that no rounding runs along a sequence."""
+    if EXACT:
+        return wrapped(theta.to(tl.float64) * tick.to(tl.float64) * TURNS_PER_RADIAN)
+    else:
+        return wrapped(theta * (tick * TURNS_PER_RADIAN))
+
+
+@triton.jit
 def to_fixed(turns):
-    """Turns as fixed point; 2^31 and a shift, because 1/2 turn itself does not fit."""
-    return tl.floor(wrapped(turns) * 2147483648.0 + 0.5).to(tl.int32) << 1
+    """Wrapped turns as fixed point; 2^31 and a shift, because 1/2 turn itself does not fit."""
+    return tl.floor(turns * 2147483648.0 + 0.5).to(tl.int32) << 1
 
 
 @triton.jit
@@ -69,7 +79,9 @@ def cos_sin(angle, HARDWARE: tl.constexpr):
         v = (angle - quarter * 0.25) * RADIANS_PER_TURN
         v2 = v * v
         sin_v = v + v * v2 * (-1.6666667e-1 + v2 * (8.3333333e-3 + v2 * (-1.98412698e-4 + v2 * 2.7557319e-6)))
-        cos_v = 1.0 + v2 * (-0.5 + v2 * (4.16666667e-2 + v2 * (-1.38888889e-3 + v2 * (2.48015873e-5 + v2 * -2.7557e-7))))
+        cos_v = 1.0 + v2 * (
+            -0.5 + v2 * (4.16666667e-2 + v2 * (-1.38888889e-3 + v2 * (2.48015873e-5 + v2 * -2.7557e-7)))
+        )
         quadrant = quarter.to(tl.int32) & 3
         odd = (quadrant & 1) == 1
         cos = tl.where(odd, sin_v, cos_v)

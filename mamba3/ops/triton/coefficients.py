@@ -1,3 +1,4 @@
+# type: ignore  the bodies of kernels are Triton, which only looks like Python
 """The coefficients of each chunk, from which the matrix stages need no scan over tokens.
 
     decay_l = sum_{i <= l} log2(e) A_i dt_i           (from the chunk's start)
@@ -12,7 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mamba3.ops.triton.angles import LOG2_E, RADIANS_PER_TURN, TURNS_PER_RADIAN, from_fixed, to_fixed
+from mamba3.ops.triton.angles import (
+    LOG2_E,
+    RADIANS_PER_TURN,
+    TURNS_PER_RADIAN,
+    from_fixed,
+    to_fixed,
+    turned_by,
+    wrapped,
+)
 
 
 @triton.jit
@@ -56,8 +65,8 @@ def coefficients_kernel(
             o_theta = i_t.to(tl.int64) * A + ((i + o_j)[:, None] * A + o_a[None, :])
             o_tick = i_t.to(tl.int64) * H + ((i + o_j)[:, None] * H + o_h[None, :])
             b_theta = tl.load(theta + o_theta, mask=m_j[:, None] & m_a[None, :], other=0.0)
-            b_tick = tl.load(tick_bth + o_tick, mask=m_j[:, None] & m_h[None, :], other=0.0) * TURNS_PER_RADIAN
-            b_turned += tl.sum(to_fixed(b_tick[:, :, None] * b_theta[:, None, :]), axis=0)
+            b_tick = tl.load(tick_bth + o_tick, mask=m_j[:, None] & m_h[None, :], other=0.0)
+            b_turned += tl.sum(to_fixed(turned_by(b_theta[:, None, :], b_tick[:, :, None], EXACT)), axis=0)
         p_turned = turned + i_c.to(tl.int64) * (H * A) + (o_h[:, None] * A + o_a[None, :])
         tl.store(p_turned, b_turned, mask=m_h[:, None] & m_a[None, :])
 
@@ -76,7 +85,7 @@ def phases_kernel(
     m_j = o_j < HA
     p_phi = i_s.to(tl.int64) * HA + o_j
     if HAS_PHI:
-        b_start = to_fixed(tl.load(phi_in + p_phi, mask=m_j, other=0.0).to(tl.float32) * TURNS_PER_RADIAN)
+        b_start = to_fixed(wrapped(tl.load(phi_in + p_phi, mask=m_j, other=0.0).to(tl.float32) * TURNS_PER_RADIAN))
     else:
         b_start = tl.zeros((BLOCK,), tl.int32)
     for i_c in range(0, count, CB):

@@ -1,3 +1,4 @@
+# type: ignore  the bodies of kernels are Triton, which only looks like Python
 """One token of a layer between its two projections, in one kernel: from the row that in_proj gives to what out_proj takes.
 
 Activations (softplus, decay, sigmoid, pi tanh), RMSNorm of B and C, biases, angle, rotation, state update, readout, D, gate
@@ -87,8 +88,9 @@ def _narrow(b_S, dtype: tl.constexpr):
 def decode_kernel(
     row, dt_bias, B_weight, C_weight, B_bias, C_bias, mimo_x, mimo_z, mimo_o, D, phi, S, B_prev, x_prev, y, row_size,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, N: tl.constexpr,
-    NP: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, UP: tl.constexpr, RP: tl.constexpr, A_FLOOR: tl.constexpr, HEAVY_TAIL: tl.constexpr,
-    LAM: tl.constexpr, HAS_BIAS_B: tl.constexpr, HAS_BIAS_C: tl.constexpr, HAS_MIMO: tl.constexpr, HAS_D: tl.constexpr,
+    NP: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, UP: tl.constexpr, RP: tl.constexpr, A_FLOOR: tl.constexpr,
+    HEAVY_TAIL: tl.constexpr, LAM: tl.constexpr, HAS_BIAS_B: tl.constexpr, HAS_BIAS_C: tl.constexpr, HAS_MIMO: tl.constexpr,
+    HAS_D: tl.constexpr,
 ):  # fmt: skip
     """One program a (head, sequence). row [b, row_size]: z, x, B, C, dt, A, lam, theta. LAM: a fixed lam, or -1."""
     i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -110,7 +112,7 @@ def decode_kernel(
 
     dt = _softplus(tl.load(p_row + O_DT + i_h).to(tl.float32) + tl.load(dt_bias + i_h))
     raw = tl.load(p_row + O_DT + H + i_h).to(tl.float32)
-    if HEAVY_TAIL:
+    if HEAVY_TAIL:  # noqa: SIM108, the compiler drops the other branch
         rate = tl.maximum(raw, 0.0) + 1.0 / (1.0 - tl.minimum(raw, 0.0))
     else:
         rate = _softplus(raw)
@@ -217,7 +219,14 @@ def decode(row: Tensor, parameters: Parameters, state: State, num_warps: int = 2
     A = state.phi.shape[-1]
     width = 2 * H * P + 2 * q.rank * q.ngroups * N + (3 if q.lam is None else 2) * H + A
     if row.shape != (b, width):
-        raise ValueError(f"row must have shape {(b, width)} for this state and these parameters; it has {tuple(row.shape)}.")
+        raise ValueError(
+            f"row must have shape {(b, width)} for this state and these parameters; it has {tuple(row.shape)}."
+        )
+    shapes = ((b, H, A), (b, H, P, N), (b, q.rank, H, N), (b, H, P))
+    if tuple(v.shape for v in state[:4]) != shapes or any(v.device != row.device for v in state[:4]):
+        raise ValueError(
+            f"phi, S, B_prev and x_prev must have shapes {shapes} on {row.device}; check the state's layer."
+        )
     if not all(v.is_contiguous() for v in (row, *state[:4])):
         raise ValueError("row and state must be contiguous; the state is updated in place.")
     y = torch.empty(b, H, P, device=row.device, dtype=row.dtype)
@@ -225,7 +234,8 @@ def decode(row: Tensor, parameters: Parameters, state: State, num_warps: int = 2
         row, q.dt_bias, q.B_weight, q.C_weight, q.B_bias, q.C_bias, q.mimo_x, q.mimo_z, q.mimo_o, q.D,
         state.phi, state.S, state.B_prev, state.x_prev, y, width,
         H=H, G=q.ngroups, R=q.rank, P=P, PP=padded(P), N=N, A=A, AP=padded(A), UP=padded(N - 2 * A),
-        NP=triton.next_power_of_2(N), RP=triton.next_power_of_2(q.rank), A_FLOOR=q.A_floor, HEAVY_TAIL=q.decay == "heavy_tail", LAM=-1.0 if q.lam is None else float(q.lam),
+        NP=triton.next_power_of_2(N), RP=triton.next_power_of_2(q.rank), A_FLOOR=q.A_floor,
+        HEAVY_TAIL=q.decay == "heavy_tail", LAM=-1.0 if q.lam is None else float(q.lam),
         HAS_BIAS_B=q.B_bias is not None, HAS_BIAS_C=q.C_bias is not None, HAS_MIMO=q.mimo_x is not None,
         HAS_D=q.D is not None, num_warps=num_warps,
     )  # fmt: skip

@@ -1,3 +1,4 @@
+# type: ignore  the arguments of a launch are constants of the kernel, which pyright takes for wrong types
 """The forward pass: coefficients, phases, (segments' summaries, merge,) fused output, the state's last token."""
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from mamba3.ops.triton.output import output_kernel
 from mamba3.ops.triton.segments import merge_kernel, summary_kernel
 from mamba3.ops.triton.tables import Tables, tables
 from mamba3.ops.types import Gate, Inputs, ScanOutput, State
-
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -75,6 +75,21 @@ def _parameter(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.float().contiguous()
 
 
+def suits_bulk(inp: Inputs, gate: Gate, sizes: Sizes) -> bool:
+    """Whether the bulk copy engine can read the tiles: unpadded boxes, rows and bases at multiples of 16 bytes.
+
+    And whether there is enough to do: the host takes longer over descriptors than a short scan takes.
+    """
+    if inp.x.shape[0] * inp.x.shape[1] * sizes.H < 2**18:
+        return False
+    tiles = (sizes.P, *(n for n in (sizes.A, sizes.N - 2 * sizes.A) if n))
+    wide = [v for v in (inp.x, gate.z) if v is not None]
+    aligned = all(v.data_ptr() % 16 == 0 for v in (*wide, inp.B, inp.C, inp.theta))
+    return (
+        aligned and all(n == padded(n) for n in tiles) and all(rows(v)[1] % 8 == 0 for v in wide) and sizes.N % 8 == 0
+    )
+
+
 def tiles(inp: Inputs, gate: Gate, sizes: Sizes, launch: Launch) -> dict[str, Tensor | TensorDescriptor | None]:
     """x, z, theta, B and C as the matrix stages take them: pointers, or descriptors for the bulk copy engine."""
     b, t = inp.x.shape[:2]
@@ -82,28 +97,30 @@ def tiles(inp: Inputs, gate: Gate, sizes: Sizes, launch: Launch) -> dict[str, Te
     v = dict(x=x, z=z, theta=inp.theta.contiguous(), B=inp.B.contiguous(), C=inp.C.contiguous())
     v |= dict(B_rest=v["B"], C_rest=v["C"], x_row=x_row, z_row=z_row)
     if launch.bulk:
-        constants, T = sizes.matrix(), b * t
-        width = sizes.G * sizes.N
+        T, width = b * t, sizes.G * sizes.N
         for name in ("B", "C"):
             whole = v[name].view(T * sizes.R, width)
-            for key, n in ((name, constants["AP"]), (name + "_rest", constants["UP"])):
-                v[key] = TensorDescriptor(whole, [T * sizes.R, width], [width, 1], [launch.tokens * sizes.RP, n])
-        v["theta"] = TensorDescriptor(v["theta"], [T, sizes.A], [sizes.A, 1], [launch.tokens, constants["AP"]])
+            for key, n in ((name, sizes.A), (name + "_rest", sizes.N - 2 * sizes.A)):
+                if n:
+                    v[key] = TensorDescriptor(whole, [T * sizes.R, width], [width, 1], [launch.tokens * sizes.RP, n])
+        if sizes.A:
+            v["theta"] = TensorDescriptor(v["theta"], [T, sizes.A], [sizes.A, 1], [launch.tokens, sizes.A])
         if sizes.RP == 1:
             for name, row in (("x", x_row), ("z", z_row)):
                 if v[name] is not None:
-                    v[name] = TensorDescriptor(v[name], [T, sizes.H * sizes.P], [row, 1], [launch.tokens, constants["PP"]])
+                    v[name] = TensorDescriptor(v[name], [T, sizes.H * sizes.P], [row, 1], [launch.tokens, sizes.P])
     return v
 
 
-def coefficients(inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | None) -> tuple[Coefficients, Tensor]:
+def coefficients(
+    inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | None
+) -> tuple[Coefficients, Tensor]:
     """What every chunk needs before its matrices, and the final phi [s, h, a]."""
     b, t = inp.x.shape[:2]
     T, H, A, exact = b * t, sizes.H, sizes.A, inp.x.dtype == torch.float32
     like = {"device": inp.x.device, "dtype": torch.float32}
-    row = lambda present=True: torch.empty((H, T) if present else (0,), **like)
     c = Coefficients(
-        row(), row(exact), row(), row(exact), row(), row(A > 0),
+        *(torch.empty((H, T) if present else (0,), **like) for present in (True, exact, True, exact, True, A > 0)),
         torch.empty(table.chunks.shape[0], H, A, device=inp.x.device, dtype=torch.int32),
     )  # fmt: skip
     tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
@@ -177,10 +194,10 @@ def scan(
     """The recurrence over all tokens; arguments as `check_inputs` gives them, state None where it is zero."""
     b, t, H, P = inp.x.shape
     limits = limits or device_limits(inp.x.device)
-    launch = launch or choose(limits, inp.x.dtype, inp.rank)
+    sizes = Sizes(H, inp.B.shape[-2], inp.rank, P, inp.B.shape[-1], inp.theta.shape[-1])
+    launch = launch or choose(limits, inp.x.dtype, inp.rank, suits_bulk(inp, gate, sizes))
     boundaries = tuple(range(0, b * t + 1, t)) if cu_seqlens is None else tuple(cu_seqlens)
     table = tables(boundaries, launch.tokens, segment_programs(limits, H), inp.x.device)
-    sizes = Sizes(H, inp.B.shape[-2], inp.rank, P, inp.B.shape[-1], inp.theta.shape[-1])
     hardware = limits.nvidia and inp.x.dtype != torch.float32
 
     phi = None if state is None else state.phi.contiguous()
@@ -188,7 +205,7 @@ def scan(
     v = tiles(inp, gate, sizes, launch)
     options = dict(
         L=launch.tokens, EXACT=inp.x.dtype == torch.float32, HARDWARE=hardware, BULK=launch.bulk, STAGES=launch.stages,
-        DTYPE=TRITON_TYPES[inp.x.dtype], num_warps=launch.num_warps, maxnreg=launch.registers,
+        DTYPE=TRITON_TYPES[inp.x.dtype], num_warps=launch.num_warps,
     )  # fmt: skip
     S_in = entering_states(inp, v, sizes, table, c, state, options)
 

@@ -1,3 +1,4 @@
+# type: ignore  the bodies of kernels are Triton, which only looks like Python
 """The rest of the state after a sequence: its last token's B, with bias and rotated by the final angle, and its x."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# type: ignore  the bodies of kernels are Triton, which only looks like Python
 """Segments of long sequences: what each does to the state, and the state that enters each (mathematics.md, section 5).
 
     S_local = sum_s decay(s -> end) w_s x_s (x) B_s            total = log2 of the segment's decay
@@ -63,14 +64,16 @@ def summary_kernel(
         else:
             b_cos = tl.zeros((L * RP, AP), tl.float32)
             b_sin = b_cos
-        b_B1, b_B2, b_B3 = rotated(b_B1, b_B2, b_B3, B_bias, b_cos, b_sin, i_h, N, A, AP, UP, L, R, RP, HAS_BIAS_B, DTYPE)
+        b_B1, b_B2, b_B3 = rotated(
+            b_B1, b_B2, b_B3, B_bias, b_cos, b_sin, i_h, N, A, AP, UP, L, R, RP, HAS_BIAS_B, DTYPE
+        )
         b_x = tl.trans((b_x * exp2(b_out, HARDWARE)[:, None]).to(DTYPE))
         b_keep = exp2(b_total, HARDWARE)
         if A > 0:
-            b_S1 = product(b_x, b_B1, b_S1 * b_keep, EXACT)
-            b_S2 = product(b_x, b_B2, b_S2 * b_keep, EXACT)
+            b_S1 = product(b_x, b_B1, b_S1 * b_keep)
+            b_S2 = product(b_x, b_B2, b_S2 * b_keep)
         if U > 0:
-            b_S3 = product(b_x, b_B3, b_S3 * b_keep, EXACT)
+            b_S3 = product(b_x, b_B3, b_S3 * b_keep)
         b_sum += b_total
 
     if stop > begin:

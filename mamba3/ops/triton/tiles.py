@@ -1,3 +1,4 @@
+# type: ignore  the bodies of kernels are Triton, which only looks like Python
 """Tiles that several kernels build: angles, rotated B and C, x of each rank, decays between tokens.
 
 Rows of a chunk are (token, rank) with the rank fastest, L tokens times RP ranks (R padded to a power of two):
@@ -11,19 +12,18 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from mamba3.ops.triton.angles import RADIANS_PER_TURN, TURNS_PER_RADIAN, cos_sin, from_fixed, wrapped
-
+from mamba3.ops.triton.angles import RADIANS_PER_TURN, cos_sin, from_fixed, turned_by, wrapped
 
 # Triton's CPU interpreter (3.9) multiplies the bit patterns of bfloat16 matrices.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
-def product(a, b, acc, EXACT: tl.constexpr):
-    """acc + a b, in float32; EXACT keeps float32 operands from being rounded."""
+def product(a, b, acc):
+    """acc + a b, in float32; float32 operands are not rounded, and 16-bit ones need not be."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc=acc, input_precision="ieee" if EXACT else "tf32")
+    return tl.dot(a, b, acc=acc, input_precision="ieee")
 
 
 @triton.jit
@@ -51,26 +51,29 @@ def row_angles(
 ):  # fmt: skip
     """cos, sin [l r, a] of phi = phase at the chunk's start + sum_{i <= l} theta_i tick_i, by a triangular product.
 
-    Without EXACT, increments enter the product as two bfloat16 terms, 17 bits each. HARDWARE works in radians and leaves
-    the reduction to the special function unit; otherwise in turns, increments wrapped first.
+    Increments enter the product as two bfloat16 terms, 17 bits together; with EXACT as a coarse and a fine float32 term.
+    HARDWARE works in radians and leaves the reduction to the special function unit; otherwise in turns, wrapped first.
     """
     o_l, o_row = tl.arange(0, L), tl.arange(0, L * RP)
     if HARDWARE:
         b_turn = b_theta * b_tick[:, None]  # [l, a]
         b_start = from_fixed(b_phase) * RADIANS_PER_TURN
     else:
-        b_turn = wrapped(b_theta * (b_tick * TURNS_PER_RADIAN)[:, None])
+        b_turn = turned_by(b_theta, b_tick[:, None], EXACT)
         b_start = from_fixed(b_phase)
     # The second term is always true where it matters; it keeps the mask from living in registers across chunks.
     b_until = tl.where(((o_row // RP)[:, None] >= o_l[None, :]) & (o_l < tokens)[None, :], 1.0, 0.0)
     b_start = tl.broadcast_to(b_start[None, :], (L * RP, AP))
     if EXACT:
-        b_angle = product(b_until, b_turn, b_start, True)
+        # Multiples of 2^-12 turns add without rounding; what is left is small.
+        high = tl.floor(b_turn * 4096.0 + 0.5) * (1.0 / 4096.0)
+        b_angle = product(b_until, high.to(tl.float32), tl.zeros((L * RP, AP), tl.float32))
+        b_angle = wrapped(b_angle) + product(b_until, (b_turn - high).to(tl.float32), b_start)
     else:
         high = b_turn.to(tl.bfloat16)
         low = (b_turn - high.to(tl.float32)).to(tl.bfloat16)
-        b_angle = product(b_until.to(tl.bfloat16), high, b_start, False)
-        b_angle = product(b_until.to(tl.bfloat16), low, b_angle, False)
+        b_angle = product(b_until.to(tl.bfloat16), high, b_start)
+        b_angle = product(b_until.to(tl.bfloat16), low, b_angle)
     return cos_sin(b_angle, HARDWARE)
 
 

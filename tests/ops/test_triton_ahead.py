@@ -1,0 +1,110 @@
+"""Every kernel compiles ahead of time, without a device, for every architecture, within its shared memory.
+
+Each target compiles in a process of its own, where kernels are not defined for the interpreter.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+KB = 1024
+# What one block may have: data-centre cards, consumer cards, and AMD's local data share.
+TARGETS = {
+    "cuda:80": 163 * KB, "cuda:86": 99 * KB, "cuda:89": 99 * KB, "cuda:90": 227 * KB, "cuda:100": 227 * KB,
+    "cuda:120": 99 * KB, "hip:gfx942": 64 * KB, "hip:gfx1100": 64 * KB,
+}  # fmt: skip
+FLOATS = {
+    "dt", "A_rate", "lam", "tick_bth", "theta", "decay", "decay_low", "source", "source_low", "gamma", "tick", "B_bias",
+    "C_bias", "mimo_x", "mimo_z", "mimo_o", "D", "S", "S_in", "S_out", "S_state", "total", "phi", "phi_in", "phi_out",
+    "dt_bias",
+}  # fmt: skip
+INTEGERS = {"chunks", "segments", "sequences", "sequence_segments", "phase", "turned"}
+NUMBERS = {"T", "x_row", "z_row", "row_size"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(target):
+    done = subprocess.run(
+        [sys.executable, __file__, target], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    used = json.loads(done.stdout.splitlines()[-1])
+    assert len(used) == 16
+    too_much = {name: shared for name, shared in used.items() if shared > TARGETS[target]}
+    assert not too_much
+
+
+def compile_all(name: str) -> dict[str, int]:
+    """Shared memory of each kernel in its launch configurations, at N 128 and P 64, for one target."""
+    import torch
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mamba3.ops.triton import coefficients, decode, last_token, output, segments
+    from mamba3.ops.triton.launch import Device, choose
+
+    backend, arch = name.split(":")
+    target = (
+        GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64 if "9" in arch else 32)
+    )
+    capability = (int(arch) // 10, int(arch) % 10) if backend == "cuda" else (0, 0)
+    limits = Device(multiprocessors=100, shared_bytes=TARGETS[name], capability=capability)
+
+    def shared(kernel, constants, warps, dtype="bf16", descriptors=None):
+        signature, values, attributes = {}, {}, {}
+        for i, argument in enumerate(kernel.arg_names):
+            if argument in constants:
+                signature[argument], values[argument] = "constexpr", constants[argument]
+            elif argument in (descriptors or {}):
+                signature[argument] = f"tensordesc<{descriptors[argument]}>"
+            elif argument in NUMBERS:
+                signature[argument], attributes[(i,)] = "i32", [["tt.divisibility", 16]]
+            else:
+                kind = "fp32" if argument in FLOATS else "i32" if argument in INTEGERS else dtype
+                signature[argument], attributes[(i,)] = "*" + kind, [["tt.divisibility", 16]]
+        source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+        return triton.compile(source, target=target, options={"num_warps": warps}).metadata.shared
+
+    used = {}
+    sizes = dict(H=64, G=1, P=64, PP=64, N=128, A=32, AP=32, UP=64)
+    for rank, torch_type, dtype, kind in (
+        (1, torch.bfloat16, tl.bfloat16, "bf16"), (4, torch.bfloat16, tl.bfloat16, "bf16"),
+        (1, torch.float32, tl.float32, "fp32"), (4, torch.float32, tl.float32, "fp32"),
+    ):  # fmt: skip
+        exact, mimo, label = kind == "fp32", rank > 1, f"{kind} rank {rank}"
+        launch = choose(limits, torch_type, rank, bulk=True)
+        present = dict(HAS_BIAS_B=True, HAS_MIMO_X=mimo, EXACT=exact, HARDWARE=limits.nvidia and not exact)
+        matrix = sizes | present | dict(
+            R=rank, RP=rank, L=launch.tokens, BULK=launch.bulk, STAGES=launch.stages, DTYPE=dtype
+        )  # fmt: skip
+        gate = dict(HAS_BIAS_C=True, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo, HAS_D=True, HAS_Z=True, HAS_S=True)
+        boxes = {"B": "32", "C": "32", "B_rest": "64", "C_rest": "64", "x": "64", "z": "64"} if launch.bulk else {}
+        boxes = {v: f"{kind}[{launch.tokens},{n}]" for v, n in boxes.items()}
+        if launch.bulk:
+            boxes["theta"] = f"fp32[{launch.tokens},32]"
+        used[f"output {label}"] = shared(output.output_kernel, matrix | gate, launch.num_warps, kind, boxes)
+        used[f"summary {label}"] = shared(segments.summary_kernel, matrix, launch.num_warps, kind, boxes)
+        step = sizes | dict(
+            R=rank, RP=rank, NP=128, A_FLOOR=1e-4, HEAVY_TAIL=True, LAM=-1.0, HAS_BIAS_B=True, HAS_BIAS_C=True,
+            HAS_MIMO=mimo, HAS_D=True,
+        )  # fmt: skip
+        used[f"decode {label}"] = shared(decode.decode_kernel, step, 2, kind)
+    small = dict(H=64, A=32, AP=32, L=64, HB=16)
+    used["coefficients"] = shared(coefficients.coefficients_kernel, small | dict(EXACT=True), 4)
+    used["phases"] = shared(coefficients.phases_kernel, dict(HA=2048, CB=64, BLOCK=32, HAS_PHI=True), 4)
+    merge = dict(H=64, R=4, P=64, PB=16, N=128, NP=128, HAS_STATE=True, HAS_MIMO_X=True)
+    used["merge"] = shared(segments.merge_kernel, merge, 4)
+    used["last token"] = shared(last_token.last_token_kernel, sizes | dict(R=4, HAS_BIAS_B=True), 1)
+    return used
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    print(json.dumps(compile_all(sys.argv[1])))  # noqa: T201
