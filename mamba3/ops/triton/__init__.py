@@ -20,7 +20,6 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.compiler.assume_constant_result
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run on `device` with inputs of `dtype`; None where they can."""
     if not INSTALLED:
