@@ -218,6 +218,7 @@ def test_on_the_device_at_the_model_s_sizes(t, rank):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor itself uses torch.jit
 def test_compile_and_cuda_graphs():
     s = Sizes(b=2, t=130, per_group=2, p=64, n=128, a=32)
     values = place(inputs(s, dtype=torch.bfloat16))
