@@ -1,7 +1,8 @@
 """The loop: batch, loss, gradient, step; validation, checkpoints and what is reported about them.
 
 Law: the state after step k is a function of (model, data, configuration, k) alone, so a run that was killed and resumed
-has bitwise the losses of one that was not (same machine, same number of threads).
+has bitwise the losses of one that was not (same machine, same number of threads; on a GPU where PyTorch's operations are
+deterministic, which `torch.use_deterministic_algorithms(True)` makes them).
 """
 
 import math

@@ -390,7 +390,9 @@ def test_after_kill_9_the_losses_are_bitwise_those_of_a_run_that_was_not_killed(
 
 
 @pytest.mark.slow
-def test_any_number_of_kills_changes_nothing(corpus, tmp_path):
+def test_any_number_of_kills_changes_nothing_on_two_threads(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
     train(corpus, tmp_path / "whole", TrainConfig(**{**CONFIG.to_dict(), "save_every": 3}))
     assert kill_and_finish(corpus, tmp_path / "killed", 3, [1, 2, 5, 6, 9, 12]) > 2
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
