@@ -26,5 +26,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+bench: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks cpu
+	$(BIN)/python -m benchmarks numerics
+
 clean:
 	rm -rf $(VENV) build *.egg-info
