@@ -159,7 +159,8 @@ def run_training(
     with stop_on_interrupt("Stopping after this step, with a checkpoint") as interrupted:
         outcome = trainer.run(lambda: interrupted() or time.perf_counter() > end)
         if outcome.stopped:
-            console.print(f"Stopped after step {outcome.step:,}; the same command goes on from there.")
+            why = "" if interrupted() else f" as {patience:.0f} s are over, more than was planned"
+            console.print(f"Stopped after step {outcome.step:,}{why}; the same command goes on from there.")
         if interrupted():
             raise typer.Exit(INTERRUPTED)
     export(trainer)
