@@ -14,7 +14,7 @@ from mamba3.ops.types import Gate, Inputs, ScanOutput, State
 from mamba3.ops.validation import check, check_inputs, fits, zero_state
 
 Implementation = Literal["auto", "reference", "chunked", "triton"]
-IMPLEMENTATIONS = ("reference", "chunked", "triton")
+IMPLEMENTATIONS = {"reference": reference.scan, "chunked": chunked.scan}  # and triton, which is imported where it runs
 
 
 def implementations(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
@@ -105,8 +105,8 @@ def run_scan(
     impl: Implementation = "auto",
 ) -> ScanOutput:
     """`scan` for callers that hold its arguments as `Inputs` and `Gate`."""
-    if impl not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"impl must be auto, {' or '.join(IMPLEMENTATIONS)}; it is {impl!r}.")
+    if impl not in ("auto", "triton", *IMPLEMENTATIONS):
+        raise ValueError(f"impl must be auto, triton, {' or '.join(IMPLEMENTATIONS)}; it is {impl!r}.")
     inp, gate, state, boundaries, sizes = check(inp, gate, state, cu_seqlens)
     reason = _why_not_triton(inp, gate, state)
     if impl == "triton" and reason:
@@ -116,7 +116,7 @@ def run_scan(
 
         return library.scan(inp, gate, state, boundaries)
     state = state or zero_state(inp, sizes)
-    return (reference if impl == "reference" else chunked).scan(inp, gate, state, boundaries)
+    return IMPLEMENTATIONS["chunked" if impl == "auto" else impl](inp, gate, state, boundaries)
 
 
 def _why_not_triton(inp: Inputs, gate: Gate, state: State | None) -> str | None:
