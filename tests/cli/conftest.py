@@ -1,13 +1,5 @@
-"""Tiny models gain nothing from threads, and lose much where other work runs beside the tests."""
+"""The commands train tiny models: on one thread, as the tests of training do."""
 
-import pytest
-import torch
+from tests.train.conftest import one_thread
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    before = torch.get_num_threads()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that a test starts
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]
