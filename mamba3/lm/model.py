@@ -21,6 +21,7 @@ from mamba3.lm import generate as generation
 from mamba3.lm.config import Mamba3Config
 from mamba3.lm.state import LayerState, LMState
 from mamba3.nn import Attention, GatedMLP, Mamba3, RMSNorm, init
+from mamba3.nn.linear import one_row, project
 from mamba3.ops.state_file import replace_file
 from mamba3.ops.types import wide_dtype
 from mamba3.ops.validation import check_cu_seqlens
@@ -56,11 +57,16 @@ class Block(nn.Module):
             self.norm2 = RMSNorm(config.d_model, config.norm_eps, **factory)
             self.mlp = GatedMLP(config.d_model, config.d_intermediate, **factory)
 
-    def run(self, h: Tensor, mix: Callable[[Tensor], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
-        """The block with one of the mixer's verbs in the middle: (h, what the verb returned beside y)."""
+    def run(
+        self, h: Tensor, mix: Callable[[Tensor], tuple[Tensor, Any]], *, last_only: bool = False
+    ) -> tuple[Tensor, Any]:
+        """The block with one of the mixer's verbs in the middle: (h, what the verb returned beside y).
+
+        last_only: the verb returns y of the last token alone, and so does the block.
+        """
         dtype = self.mixer.in_proj.weight.dtype
         y, extra = mix(self.norm(h, dtype))
-        h = h + y
+        h = (h[:, -1:] if last_only else h) + y
         if self.mlp is not None and self.norm2 is not None:
             h = h + self.mlp(self.norm2(h, dtype))
         return h, extra
@@ -115,7 +121,10 @@ class Mamba3LM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits from what `hidden` returned."""
-        return F.linear(hidden, self.embedding.weight if self.lm_head is None else self.lm_head.weight)
+        if self.lm_head is not None:
+            return project(self.lm_head, hidden)
+        logits = one_row(hidden, self.embedding.weight)
+        return F.linear(hidden, self.embedding.weight) if logits is None else logits
 
     def prefill(
         self,
@@ -136,11 +145,15 @@ class Mamba3LM(nn.Module):
         state = self.init_state(len(counts)) if state is None else state
         self._check_state(state, len(counts))
         h, layers = self._embed(input_ids, 2), []
-        for block, layer in zip(self._blocks(), state.layers, strict=True):
-            h, layer = block.run(h, lambda u, m=block.mixer, s=layer: m.prefill(u, s, boundaries))
+        shorten = last_only and boundaries is None
+        for i, (block, layer) in enumerate(zip(self._blocks(), state.layers, strict=True)):
+            if shorten and i == len(self.layers) - 1:
+                h, layer = block.run(h, lambda u, m=block.mixer, s=layer: m.prefill_last(u, s), last_only=True)
+            else:
+                h, layer = block.run(h, lambda u, m=block.mixer, s=layer: m.prefill(u, s, boundaries))
             layers.append(layer)
-        if last_only:
-            h = h[:, -1:] if boundaries is None else h[0, [b - 1 for b in boundaries[1:]]].unsqueeze(1)
+        if last_only and boundaries is not None:
+            h = h[0, [b - 1 for b in boundaries[1:]]].unsqueeze(1)
         tokens = state.tokens + torch.tensor(counts, device=state.tokens.device)
         return self.head(self.norm_f(h, self.embedding.weight.dtype)), LMState(layers, tokens, state.fingerprint)
 

@@ -136,6 +136,11 @@ class Attention(nn.Module):
         after = _append(grown, k, v)
         return self._out(_attend(q, after.k, after.v, _mask(state.length, u.shape[1], after.k.shape[1]))), after
 
+    def prefill_last(self, u: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
+        """`prefill` where y of the last token is all that is wanted: (y [b, 1, d_model], the cache)."""
+        y, after = self.prefill(u, state)
+        return y[:, -1:], after
+
     def step(self, u: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """One token: u [b, d_model] to (y, the cache with it appended, in place where it had room)."""
         q, k, v = self._project(u.unsqueeze(1))

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba3.nn import init
+from mamba3.nn.linear import outputs_from, project
 from mamba3.nn.norm import RMSNorm
 from mamba3.nn.short_conv import ShortConv
 from mamba3.ops import triton as kernels
 from mamba3.ops.discretize import DECAYS, decay_rate
 from mamba3.ops.gate import OUT_NORMS
-from mamba3.ops.scan import run_scan, run_step
+from mamba3.ops.scan import run_scan, run_state, run_step
 from mamba3.ops.types import Gate, Inputs, State, wide_dtype
 from mamba3.ops.validation import check_cu_seqlens
 
@@ -226,8 +227,21 @@ class Mamba3(nn.Module):
             )
             mixed, conv = self.conv(torch.cat([row.x, row.B, row.C], dim=-1), before, cu_seqlens)
             row = self._replace_conv(row, mixed)
-        y, after = run_scan(*self._inputs(row), state, cu_seqlens)
+        y, after = run_scan(self._inputs(row), self._gate(row.z), state, cu_seqlens)
         return self.out_proj(y.flatten(-2)), after._replace(conv=conv)
+
+    def prefill_last(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """`prefill` where y of the last token is all that is wanted: (y [b, 1, d_model], the state).
+
+        Of the tokens before it the state alone is computed: no z, no readout, no out_proj.
+        """
+        self._check_input(u, 3)
+        if u.shape[1] > 1 and self.conv is None:
+            row = outputs_from(self.in_proj, u[:, :-1], self.splits.z).split(self.splits[1:], dim=-1)
+            state = run_state(self._inputs(Projected(row[0][..., :0], *row)), state)
+            u = u[:, -1:]
+        y, state = self.prefill(u, state)
+        return y[:, -1:], state
 
     def step(self, u: Tensor, state: State) -> tuple[Tensor, State]:
         """One token: u [b, d_model] to (y [b, d_model], state).
@@ -238,15 +252,15 @@ class Mamba3(nn.Module):
         self._check_input(u, 2)
         inplace = not torch.is_grad_enabled()
         if inplace and self._decodes(u, state):
-            return self.out_proj(self._decode(self.in_proj(u), state).flatten(-2)), state
+            return project(self.out_proj, self._decode(self.in_proj(u), state).flatten(-2)), state
         row, conv = self._project(u), None
         if self.conv is not None:
             mixed, conv = self.conv.step(torch.cat([row.x, row.B, row.C], dim=-1), self._conv_state(state))
             row = self._replace_conv(row, mixed)
-        y, after = run_step(*self._inputs(row), state, inplace=inplace, trusted=True)
+        y, after = run_step(self._inputs(row), self._gate(row.z), state, inplace=inplace, trusted=True)
         if conv is not None:
             after = after._replace(conv=state.conv.copy_(conv) if inplace and state.conv is not None else conv)
-        return self.out_proj(y.flatten(-2)), after
+        return project(self.out_proj, y.flatten(-2)), after
 
     def _decodes(self, u: Tensor, state: State) -> bool:
         """Whether the fused decode kernel does this layer's step: everything but convolution, out norm and RoPE."""
@@ -282,13 +296,13 @@ class Mamba3(nn.Module):
         return state.conv
 
     def _project(self, u: Tensor) -> Projected[Tensor]:
-        return Projected(*self.in_proj(u).split(self.splits, dim=-1))
+        return Projected(*project(self.in_proj, u).split(self.splits, dim=-1))
 
     def _replace_conv(self, row: Projected[Tensor], mixed: Tensor) -> Projected[Tensor]:
         x, B, C = mixed.split([self.splits.x, self.splits.B, self.splits.C], dim=-1)
         return row._replace(x=x, B=B, C=C)
 
-    def _inputs(self, row: Projected[Tensor]) -> tuple[Inputs, Gate]:
+    def _inputs(self, row: Projected[Tensor]) -> Inputs:
         """The arguments of the recurrence: every nonlinearity and norm of section 1 applied."""
         wide = wide_dtype(row.x.dtype)
         dt = F.softplus(row.dt.to(wide) + self.dt_bias.to(wide))
@@ -300,13 +314,14 @@ class Mamba3(nn.Module):
             theta, tick = (self.omega_base**-exponent).expand(*dt.shape[:-1], -1), torch.ones_like(dt)
         groups, heads = (self.mimo_rank, self.ngroups, self.d_state), (self.nheads, self.headdim)
         B, C = self.B_norm(row.B.unflatten(-1, groups)), self.C_norm(row.C.unflatten(-1, groups))
+        x = row.x.unflatten(-1, heads)
+        return Inputs(x, dt, A, lam, theta, B, C, self.B_bias, self.C_bias, self.mimo_x, self.D, tick)
+
+    def _gate(self, z: Tensor) -> Gate:
+        """The arguments of the output stage."""
+        heads = (self.nheads, self.headdim)
         weight = None if self.norm is None else self.norm.weight.view(heads)
-        return (
-            Inputs(
-                row.x.unflatten(-1, heads), dt, A, lam, theta, B, C, self.B_bias, self.C_bias, self.mimo_x, self.D, tick
-            ),
-            Gate(row.z.unflatten(-1, heads), self.mimo_z, self.mimo_o, self.out_norm, weight),
-        )
+        return Gate(z.unflatten(-1, heads), self.mimo_z, self.mimo_o, self.out_norm, weight)
 
     def extra_repr(self) -> str:
         return (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba3.nn.linear import project
+
 MULTIPLE = 128
 
 
@@ -18,5 +20,5 @@ class GatedMLP(nn.Module):
         self.fc2 = nn.Linear(inner, d_model, bias=False, device=device, dtype=dtype)
 
     def forward(self, u: Tensor) -> Tensor:
-        value, gate = self.fc1(u).chunk(2, dim=-1)
-        return self.fc2(value * F.silu(gate))
+        value, gate = project(self.fc1, u).chunk(2, dim=-1)
+        return project(self.fc2, value * F.silu(gate))

@@ -27,14 +27,20 @@ def _rms_norm(y: Tensor, weight: Tensor, grouped: bool) -> Tensor:
     return F.rms_norm(y, y.shape[-2:], eps=EPS) * weight
 
 
-def apply_gate(y: Tensor, gate: Gate) -> Tensor:
-    """y [..., r, h, p] and z [..., h, p] to [..., h, p], in the dtype of y. norm_weight is [h, p], shared by ranks."""
+def apply_gate(y: Tensor, gate: Gate, out: Tensor | None = None) -> Tensor:
+    """y [..., r, h, p] and z [..., h, p] to [..., h, p], in the dtype of y. norm_weight is [h, p], shared by ranks.
+
+    out: written and returned instead, in its own dtype, where the last operation can; only without a gradient.
+    """
     assert gate.z is not None
     placement = gate.norm
     z = F.silu(per_rank(gate.z.to(y.dtype), gate.mimo_z))
     if placement.startswith("pre"):
         assert gate.norm_weight is not None
         y = _rms_norm(y, gate.norm_weight, placement.endswith("grouped"))
+    if out is not None and placement == "none" and gate.mimo_o is None and y.shape[-3] == 1:
+        torch.mul(y, z, out=out.unsqueeze(-3))
+        return out
     y = y * z if torch.is_grad_enabled() else z.mul_(y)
     if placement.startswith("post"):
         assert gate.norm_weight is not None

@@ -119,6 +119,14 @@ def run_scan(
     return IMPLEMENTATIONS["chunked" if impl == "auto" else impl](inp, gate, state, boundaries)
 
 
+def run_state(inp: Inputs, state: State | None = None) -> State:
+    """The state after a batch of sequences, where y is not wanted: `run_scan` without its readout."""
+    inp, gate, state, _, sizes = check(inp, Gate(), state, None)
+    if inp.x.device.type == "cuda" and _why_not_triton(inp, gate, state) is None:
+        return run_scan(inp, gate, state).state
+    return chunked.final_state(inp, state or zero_state(inp, sizes))
+
+
 def _why_not_triton(inp: Inputs, gate: Gate, state: State | None) -> str | None:
     tensors = (v for v in (*inp, *gate, *(state or ())) if isinstance(v, Tensor))
     if torch.is_grad_enabled() and any(v.requires_grad for v in tensors):

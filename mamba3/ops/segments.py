@@ -66,8 +66,8 @@ def summarize(
         Inputs(x_bthp, dt_bth, A_bth, lam_bth, theta_bta, B_btrgn, B_btrgn, B_bias_hrn, None, mimo_x_hrp, None, tick_bth),
         Gate(), None, None,
     )  # fmt: skip
+    state = chunked.final_state(inp, zero)
     with without_autocast(inp.x.device):
-        _, state = chunked.run(inp, Gate(), zero, chunked.table(inp, None), outputs=False, recompute=True)
         c = discretize(inp.dt, inp.A, inp.lam)
         log_decay = c.log_alpha.double().sum(1) if c.log_alpha.device.type != "mps" else c.log_alpha.sum(1)
     return Summary(state.phi, log_decay.to(inp.wide), c.halo[:, 0], state.S, state.B_prev, state.x_prev)

@@ -61,6 +61,9 @@ def test_three_verbs_agree(kind):
         pack, packed = model.prefill(ids.reshape(1, 180), cu_seqlens=[0, 90, 180])
         assert distance(pack.view_as(whole), whole) < 1e-10
         assert distance(model(ids.reshape(1, 180), cu_seqlens=torch.tensor([0, 90, 180])).view_as(whole), whole) < 1e-10
+        last, after = model.prefill(ids[:, 40:], model.prefill(ids[:, :40])[1], last_only=True)
+        assert distance(last, whole[:, -1:]) < 1e-10
+        assert distance(model.step(ids[:, 0], after)[0], model.step(ids[:, 0], model.prefill(ids)[1])[0]) < 1e-10
         last, _ = model.prefill(ids.reshape(1, 180), cu_seqlens=[0, 90, 180], last_only=True)
         assert distance(last.squeeze(1), whole[:, -1]) < 1e-10
         a, _ = model.step(ids[:, 0], state)

@@ -59,6 +59,9 @@ def test_three_verbs_agree(name):
             rest.append(y)
     assert distance(torch.cat([first, second, torch.stack(rest, 1)], dim=1), whole) < 1e-10
     assert state_distance(state, mixer.prefill(u)[1]) < 1e-10
+    last, last_state = mixer.prefill_last(u[:, 33:], mixer.prefill(u[:, :33])[1])
+    assert distance(last, whole[:, -1:]) < 1e-10
+    assert state_distance(last_state, state) < 1e-10
     pack, packed_state = mixer.prefill(u.reshape(1, 140, 16), cu_seqlens=[0, 70, 140])
     assert distance(pack.view_as(whole), whole) < 1e-10
     assert state_distance(packed_state, state) < 1e-10
