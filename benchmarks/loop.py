@@ -43,7 +43,8 @@ class Sizes:
 def recurrence_inputs(layer: Mamba3, u: Tensor) -> tuple[Inputs, Gate]:
     """What the layer hands to the recurrence for u [b, t, d_model]."""
     with torch.no_grad():
-        return layer._inputs(layer._project(u))
+        row = layer._project(u)
+        return layer._inputs(row), layer._gate(row.z)
 
 
 def cut(values: Any, span: slice | int) -> Any:
