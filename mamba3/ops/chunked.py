@@ -4,7 +4,7 @@
     w_s = gamma_s + halo_{s+1}                              Shat = state plus the halo of the token that follows it
 
 Within a chunk this is three matrix products a head; a token's R ranks are R rows, and causality compares tokens. Between
-chunks only Shat [p, n] passes on. Stages: decays, phases, rotate, pass (chunk states), read out, gate.
+chunks only Shat passes on, as [n, p]. Stages: decays, phases, rotate, pass (chunk states), read out, gate.
 
 Blocks of chunks are recomputed in the backward pass, so that training keeps the inputs, one y, and a state a block:
 memory is linear in tokens and holds no per-head B or C, let alone a (tokens, h, p, n) tensor.
@@ -46,7 +46,7 @@ def phases(theta: Tensor, tick: Tensor, phi: Tensor, chunks: Chunks) -> tuple[Te
 
 
 def pass_states(local: Tensor, total: Tensor, S: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
-    """What enters each chunk [k, h, p, n] and what leaves the block, from local states and S [s, h, p, n]."""
+    """What enters each chunk [k, h, n, p] and what leaves the block, from local states and S [s, h, n, p]."""
     if ranks == 1:
         return S, torch.addcmul(local, S, total[..., None, None])
     steps = zip(local.chunk(ranks), total[..., None, None].chunk(ranks), strict=True)
@@ -64,14 +64,18 @@ def pass_states(local: Tensor, total: Tensor, S: Tensor, ranks: int) -> tuple[Te
 
 
 def rotated(v: Tensor, bias: Tensor | None, angle: Tensor, wide: torch.dtype) -> Tensor:
-    """v [q, k, l, r, g, n] to rows [q, k, h, l r, n], with bias [q, h, r, n], turned by angle [k, h, l, a]; dtype of v."""
+    """v [q, k, l, r, g, n] to columns [q, k, h, n, l r], with bias [q, 1, h, n, 1 or l r], turned by angle [k, h, a, l];
+    dtype of v."""
     q, k, l, r, g, n = v.shape
     h = angle.shape[1]
-    shared = (
-        v.to(wide).permute(0, 1, 4, 2, 3, 5).unsqueeze(3).expand(q, k, g, h // g, l, r, n).reshape(q, k, h, l, r, n)
-    )
-    bias = None if bias is None else bias.view(q, 1, h, 1, r, n)
-    return BiasedRotation.apply(shared, bias, angle.unsqueeze(3)).to(v.dtype).flatten(3, 4)
+    columns = v.to(wide).permute(0, 1, 4, 5, 2, 3).flatten(4, 5).contiguous()
+    columns = columns.unsqueeze(3).expand(q, k, g, h // g, n, l * r).reshape(q, k, h, n, l * r)
+    return BiasedRotation.apply(columns, bias, each_rank(angle, r)).to(v.dtype)
+
+
+def each_rank(v: Tensor, rank: int) -> Tensor:
+    """v [..., l] for each row of a token, [..., l r]."""
+    return v if rank == 1 else v.unsqueeze(-1).expand(*v.shape, rank).flatten(-2)
 
 
 class Block(NamedTuple):
@@ -92,25 +96,27 @@ def _work(
 ) -> tuple[Tensor | None, Tensor]:
     """y of a block of `ranks` chunks a sequence, [k, l, ...] (None without C), in `out` if given; the state after it."""
     dtype, wide, decay = inp.x.dtype, inp.wide, block.decay
-    angle = (block.tick.unsqueeze(-1) * block.theta.unsqueeze(1)).cumsum(2) + block.start.unsqueeze(2)
+    theta = block.theta.transpose(1, 2).contiguous().unsqueeze(1)  # [k, 1, a, l]
+    angle = (block.tick.unsqueeze(2) * theta).cumsum(3) + block.start.unsqueeze(3)
     shared = torch.stack([block.B] if block.C is None else [block.B, block.C])
     B, *C = rotated(shared, bias, angle, wide).unbind(0)
     x = per_rank(block.x, inp.mimo_x).to(dtype).permute(0, 3, 1, 2, 4).contiguous()
 
     by_token = x.shape[2:4]
     weighted = (x * decay.out[..., None, None].to(dtype)).flatten(2, 3)
-    local = weighted.transpose(-1, -2) @ B
+    local = B @ weighted
     entering, S = pass_states(local.to(wide), decay.total, S, ranks)
     if not C:
         return None, S
 
-    scores = (C[0] @ B.transpose(-1, -2)).unflatten(3, by_token).unflatten(2, by_token)
+    rows = C[0].transpose(-1, -2)
+    scores = (rows @ B).unflatten(3, by_token).unflatten(2, by_token)
     weights = Between.apply(decay.sums, decay.w, decay.gamma)[:, :, :, None, :, None]
     fresh = dtype == wide and not torch.is_grad_enabled()
     scores = scores.mul_(weights) if fresh else (scores * weights).to(dtype)
     scores = scores.flatten(4, 5).flatten(2, 3)
     intra = (scores @ x.flatten(2, 3)).unflatten(2, by_token)
-    inter = (C[0] @ entering.to(dtype).transpose(-1, -2)).unflatten(2, by_token)
+    inter = (rows @ entering.to(dtype)).unflatten(2, by_token)
     add_product = torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_
     y = add_product(intra.to(wide), inter.to(wide), decay.into[..., None, None])
     if inp.D is not None:
@@ -158,13 +164,14 @@ def last_rotated(inp: Inputs, chunks: Chunks, phi: Tensor) -> Tensor:
     return rotate_pairs(B, phi.cos().unsqueeze(1), phi.sin().unsqueeze(1)).to(inp.B.dtype)
 
 
-def _stacked_bias(inp: Inputs, nheads: int, outputs: bool) -> Tensor | None:
-    """The biases of B and C as one tensor [q, h, r, n], or None where neither has one."""
+def _stacked_bias(inp: Inputs, nheads: int, length: int, outputs: bool) -> Tensor | None:
+    """The biases of B and C as one tensor [q, 1, h, n, 1 or l r], or None where neither has one."""
     wanted = (inp.B_bias, inp.C_bias) if outputs else (inp.B_bias,)
     if all(bias is None for bias in wanted):
         return None
     zero = torch.zeros(nheads, inp.rank, inp.B.shape[-1], dtype=inp.wide, device=inp.B.device)
-    return torch.stack([zero if bias is None else bias.to(inp.wide) for bias in wanted])
+    bias = torch.stack([zero if bias is None else bias.to(inp.wide) for bias in wanted]).transpose(2, 3).unsqueeze(1)
+    return bias if inp.rank == 1 else bias.repeat(1, 1, 1, 1, length)
 
 
 @functools.cache
@@ -182,8 +189,8 @@ def run(
     if inp.x.device.type == "cpu" and not torch.compiler.is_compiling():
         _keep_freed_memory()
     blocks, phi = plan(inp, gate, state, chunks, outputs)
-    bias = _stacked_bias(inp, state.S.shape[1], outputs)
-    S = entering_state(inp, state, chunks.first_token((1 - inp.lam) * inp.dt))
+    bias = _stacked_bias(inp, state.S.shape[1], chunks.length, outputs)
+    S = entering_state(inp, state, chunks.first_token((1 - inp.lam) * inp.dt)).transpose(-1, -2).contiguous()
     S = S if chunks.order is None else S.index_select(0, chunks.order)
     outs = repeat(None)
     if outputs and not torch.is_grad_enabled():
@@ -205,7 +212,7 @@ def run(
         S = torch.cat([S, *reversed(finished)])
     if chunks.order is not None:
         S = S.index_select(0, torch.argsort(chunks.order))
-    S = S if torch.is_grad_enabled() else S.clone()  # not a view of all the states of a block
+    S = S.transpose(-1, -2).clone(memory_format=torch.contiguous_format)  # not a view of all the states of a block
     final = State(phi, S, last_rotated(inp, chunks, phi), chunks.last_token(inp.x), state.conv)
     if not outputs:
         return None, final

@@ -32,10 +32,10 @@ def rotate_pairs(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([*turned, real], dim=-1)
 
 
-def rotate_pairs_(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate_pairs` in place, for where no gradient is recorded: half the memory traffic."""
-    a = cos.shape[-1]
-    first, second = v[..., :a], v[..., a : 2 * a]
+def rotate_rows_(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """v [..., n, m] with the angle of cos, sin [..., a, m], in place: for where no gradient is recorded."""
+    a = cos.shape[-2]
+    first, second = v[..., :a, :], v[..., a : 2 * a, :]
     turned = (first * cos).addcmul_(second, sin, value=-1)
     second.mul_(cos).addcmul_(first, sin)
     first.copy_(turned)
@@ -48,13 +48,16 @@ def phase_dtype(device: torch.device) -> torch.dtype:
 
 
 class BiasedRotation(Function):
-    """rotate_pairs(v + bias, cos(angle), sin(angle)) [q, k, h, l, r, n] from v (broadcast over h) and bias [q, 1, h, 1, r, n],
-    angle [k, h, l, 1, a]. In place where the plain formula makes six tensors; its gradient turns back by -angle."""
+    """v + bias [q, k, h, n, m] turned by angle [k, h, a, m], from v (broadcast over h) and bias [q, 1, h, n, 1 or m].
+
+    n comes before m = (l r), so that each operation on pairs runs over whole rows of memory. In place where the plain
+    formula makes six tensors; its gradient turns back by -angle.
+    """
 
     @staticmethod
     def forward(ctx, v: Tensor, bias: Tensor | None, angle: Tensor) -> Tensor:
         rows = v.clone(memory_format=torch.contiguous_format) if bias is None else v + bias
-        rows = rotate_pairs_(rows.contiguous(), angle.cos(), angle.sin())
+        rows = rotate_rows_(rows.contiguous(), angle.cos(), angle.sin())
         ctx.save_for_backward(rows, angle)
         ctx.bias_shape = None if bias is None else bias.shape
         return rows
@@ -62,8 +65,9 @@ class BiasedRotation(Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, angle = ctx.saved_tensors
-        a = angle.shape[-1]
+        a = angle.shape[-2]
         turned_back = BiasedRotation.apply(grad, None, -angle)
-        grad_angle = grad[..., a : 2 * a] * rows[..., :a] - grad[..., :a] * rows[..., a : 2 * a]
+        first, second = slice(0, a), slice(a, 2 * a)
+        grad_angle = grad[..., second, :] * rows[..., first, :] - grad[..., first, :] * rows[..., second, :]
         grad_bias = None if ctx.bias_shape is None else turned_back.sum_to_size(ctx.bias_shape)
         return turned_back, grad_bias, grad_angle.sum_to_size(angle.shape)
