@@ -7,6 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from mamba3.nn.mlp import MULTIPLE
+
+_USUAL_PADDING = 8
 LAYER_KINDS = ("mamba3", "attention")
 
 
@@ -52,7 +55,7 @@ class Mamba3Config:
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True  # the residual stream of a 16-bit model is float32
     tie_embeddings: bool = True
-    pad_vocab_multiple: int = 8
+    pad_vocab_multiple: int = _USUAL_PADDING
 
     def __post_init__(self):
         for name in ("layers", "B_bias", "C_bias"):
@@ -73,6 +76,18 @@ class Mamba3Config:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding."""
         return -(-self.vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
+
+    def canonical(self) -> Mamba3Config:
+        """One spelling for all configurations that build the same model: sizes as they are after rounding up.
+
+        The paper's 1264 inner channels and the 1280 that are stored, a vocabulary padded to 8 or to 16 with the same
+        result: such models compute the same and can read each other's states.
+        """
+        inner = -(-self.d_intermediate // MULTIPLE) * MULTIPLE
+        usual = dataclasses.replace(self, d_intermediate=inner, pad_vocab_multiple=_USUAL_PADDING)
+        if usual.padded_vocab_size == self.padded_vocab_size:
+            return usual
+        return dataclasses.replace(usual, pad_vocab_multiple=self.padded_vocab_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in config.json."""

@@ -13,11 +13,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mamba3.lm import generate as generation
+from mamba3.lm import shards
 from mamba3.lm.config import Mamba3Config
 from mamba3.lm.state import LayerState, LMState
 from mamba3.nn import Attention, GatedMLP, Mamba3, RMSNorm, init
@@ -25,7 +24,7 @@ from mamba3.ops.state_file import replace_file
 from mamba3.ops.types import wide_dtype
 from mamba3.ops.validation import check_cu_seqlens
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE = "config.json"
 FINGERPRINT_SAMPLES = 64
 
 
@@ -180,11 +179,11 @@ class Mamba3LM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def fingerprint(self) -> str:
-        """A short name for these weights: a hash of the configuration and of samples of every parameter."""
+        """A short name for these weights: a hash of what the configuration builds and of samples of every parameter."""
         parameters = dict(self.named_parameters())
         key = tuple((p.data_ptr(), p._version) for p in parameters.values() if not p.is_meta)
         if self._fingerprint is None or self._fingerprint[0] != key:
-            digest = hashlib.sha256(self.config.to_json().encode())
+            digest = hashlib.sha256(self.config.canonical().to_json().encode())
             samples = []
             for p in parameters.values():
                 flat = p.detach().reshape(-1)
@@ -194,12 +193,14 @@ class Mamba3LM(nn.Module):
             self._fingerprint = (key, digest.hexdigest()[:16])
         return self._fingerprint[1]
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, each atomically; the folder is made if it is missing."""
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str | None = None) -> None:
+        """Write config.json and model.safetensors, each atomically; the folder is made if it is missing.
+
+        max_shard_size: bytes, or a text such as "5GB"; larger weights are split into files with an index.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        replace_file(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+        shards.write(folder, self.state_dict(), max_shard_size)
         replace_file(folder / CONFIG_FILE, self.config.to_json().encode())
 
     @classmethod
@@ -211,15 +212,12 @@ class Mamba3LM(nn.Module):
         Raises ValueError when a file is missing, damaged, of another model, or holds NaN.
         """
         folder = Path(folder)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} is not a saved Mamba3LM: it has no {name}.")
+        weights = shards.find(folder)
+        if not (folder / CONFIG_FILE).is_file() or weights is None:
+            absent = shards.WEIGHTS_FILE if (folder / CONFIG_FILE).is_file() else CONFIG_FILE
+            raise ValueError(f"{folder} is not a saved Mamba3LM: it has no {absent}.")
         config = Mamba3Config.from_json((folder / CONFIG_FILE).read_text())
-        try:
-            weights = load_file(folder / WEIGHTS_FILE, device="cpu")
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or truncated: {error}.") from error
-        return cls.from_weights(config, weights, device=device, dtype=dtype, source=str(folder))
+        return cls.from_weights(config, shards.read(weights), device=device, dtype=dtype, source=str(folder))
 
     @classmethod
     def from_weights(
