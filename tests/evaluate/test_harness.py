@@ -198,6 +198,37 @@ def test_a_model_that_knows_the_answers_scores_one(lm, monkeypatch):
     assert values["acc,none"] == 1 and values["perplexity,none"] == 1
 
 
+# -- the harness's own command
+
+
+@needs_files
+def test_lm_eval_reads_our_folder_after_one_import(capsys, folder, tmp_path):
+    """`--model hf` over the folder in transformers' layout: the scores are those of `mamba3 eval`."""
+    pytest.importorskip("mamba3.hf", reason="mamba3.hf is not there, or transformers is not installed")
+    from lm_eval.evaluator import simple_evaluate
+
+    from mamba3.convert import convert_folder
+
+    place = tmp_path / "hf"
+    convert_folder(folder, place, "transformers")
+    names = ["arc_easy", "winogrande", "lambada_openai"]
+    settings = {
+        "limit": 6,
+        "batch_size": 3,
+        "bootstrap_iters": 0,
+        "task_manager": run.TaskManager(include_defaults=False),
+    }
+    theirs = simple_evaluate(
+        model="hf", model_args=f"pretrained={place},dtype=float32", tasks=bundled.load_tasks(names), **settings
+    )["results"]
+    model = Mamba3LM.from_pretrained(folder)
+    ours = run.evaluate(model, byte_tokenizer(), names, limit=6)["results"]
+    for name in names:
+        for metric in ("acc,none", "acc_norm,none", "perplexity,none"):
+            if metric in ours[name]:
+                assert theirs[name][metric] == pytest.approx(ours[name][metric], rel=1e-4), (name, metric)
+
+
 # -- needles
 
 

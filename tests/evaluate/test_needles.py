@@ -25,10 +25,12 @@ def test_a_sample_is_full_and_fits(kind, length):
         assert sample == needles.draw(kind, length, seed, count, PROSE)
 
 
+UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+
+
 @pytest.mark.parametrize(
-    ("kind", "what", "value"),
-    [(1, "number", r"\d{7}"), (2, "number", r"\d{7}"), (3, "uuid", r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")],
-)  # fmt: skip
+    ("kind", "what", "value"), [(1, "number", r"\d{7}"), (2, "number", r"\d{7}"), (3, "uuid", UUID)]
+)
 def test_the_texts_are_the_tasks(kind, what, value):
     sample = needles.draw(kind, 400, 3, count, PROSE)
     assert re.fullmatch(value, sample.value)
