@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "nn": {"ops", "nn"},
     "lm": {"ops", "nn", "lm"},
     "convert": {"ops", "nn", "lm", "convert"},
+    "hf": {"ops", "nn", "lm", "hf"},
     "train": {"ops", "nn", "lm", "train"},
     "cli": {"ops", "nn", "lm", "convert", "train", "cli"},
 }

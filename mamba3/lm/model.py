@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mamba3.lm import generate as generation
-from mamba3.lm.config import Mamba3Config
+from mamba3.lm.config import ARCHITECTURE, MODEL_TYPE, Mamba3Config
 from mamba3.lm.state import LayerState, LMState
 from mamba3.nn import Attention, GatedMLP, Mamba3, RMSNorm, init
 from mamba3.ops.state_file import replace_file
@@ -195,12 +196,17 @@ class Mamba3LM(nn.Module):
         return self._fingerprint[1]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, each atomically; the folder is made if it is missing."""
+        """Write config.json and model.safetensors, each atomically; the folder is made if it is missing.
+
+        transformers reads the folder too, after `import mamba3.hf`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         replace_file(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
-        replace_file(folder / CONFIG_FILE, self.config.to_json().encode())
+        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
+        values = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "dtype": dtype, **self.config.to_dict()}
+        replace_file(folder / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(
