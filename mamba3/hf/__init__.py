@@ -6,9 +6,10 @@ raises and why: docs/transformers.md.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from mamba3.hf.backbone import Mamba3LMModel
 from mamba3.hf.cache import Mamba3LMCache
 from mamba3.hf.configuration import Mamba3LMConfig
-from mamba3.hf.modeling import Mamba3LMForCausalLM, Mamba3LMModel
+from mamba3.hf.modeling import Mamba3LMForCausalLM
 
 AutoConfig.register(Mamba3LMConfig.model_type, Mamba3LMConfig, exist_ok=True)
 AutoModel.register(Mamba3LMConfig, Mamba3LMModel, exist_ok=True)

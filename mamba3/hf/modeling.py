@@ -1,4 +1,4 @@
-"""Mamba-3 language models as transformers' own classes, without a head and with one (docs/transformers.md)."""
+"""A Mamba-3 language model with its head as transformers' own class (docs/transformers.md)."""
 
 from __future__ import annotations
 
@@ -8,57 +8,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mamba3.hf.backbone import Mamba3LMModel
 from mamba3.hf.cache import Mamba3LMCache
 from mamba3.hf.configuration import Mamba3LMConfig
-from mamba3.hf.trunk import Mamba3LMPreTrainedModel
+from mamba3.hf.pretrained import Mamba3LMPreTrainedModel
 from mamba3.lm import Mamba3LM
 
 GENERATE = cast(Any, GenerationMixin).generate
 
 
-class Mamba3LMModel(Mamba3LMPreTrainedModel):
-    """The blocks without the head; AutoModel's class."""
-
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]  # noqa: RUF012
-
-    def __init__(self, config: Mamba3LMConfig):
-        super().__init__(config)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Mamba3LMCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple:
-        """last_hidden_state [b, t, d_model], normalised; the arguments are those of `Mamba3LMForCausalLM.forward`."""
-        last, residuals, cache = self._run(
-            input_ids, inputs_embeds, past_key_values, use_cache, output_hidden_states, output_attentions,
-            attention_mask=attention_mask, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seq_lens_q,
-        )  # fmt: skip
-        output = BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache, hidden_states=residuals)
-        return output if _as_dict(return_dict, self.config) else output.to_tuple()
-
-
 class Mamba3LMForCausalLM(Mamba3LMPreTrainedModel, GenerationMixin):
     """A Mamba-3 language model, SISO, MIMO or hybrid; AutoModelForCausalLM's class."""
 
-    _tied_weights_keys = {"lm_head.weight": "embedding.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: Mamba3LMConfig):
         super().__init__(config)
-        self.lm_head = nn.Linear(config.d_model, self.embedding.num_embeddings, bias=False)
+        self.model = Mamba3LMModel(config)
+        self.lm_head = nn.Linear(config.d_model, self.model.embedding.num_embeddings, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -73,7 +42,7 @@ class Mamba3LMForCausalLM(Mamba3LMPreTrainedModel, GenerationMixin):
         """The same weights, not a copy, as a `Mamba3LM`: its three verbs, its state files."""
         with torch.device("meta"):
             lm = Mamba3LM(self.config.to_mamba3())
-        lm.embedding, lm.layers, lm.norm_f = self.embedding, self.layers, self.norm_f
+        lm.embedding, lm.layers, lm.norm_f = self.model.embedding, self.model.layers, self.model.norm_f
         lm.lm_head = None if self.config.tie_embeddings else cast(nn.Linear, self.lm_head)
         return lm.train(self.training)
 
@@ -108,17 +77,21 @@ class Mamba3LMForCausalLM(Mamba3LMPreTrainedModel, GenerationMixin):
 
         Raises ValueError where they contradict one another.
         """
-        last, residuals, cache = self._run(
-            input_ids, inputs_embeds, past_key_values, use_cache, output_hidden_states, output_attentions,
-            attention_mask=attention_mask, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seq_lens_q,
+        read = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values, use_cache=use_cache, output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions, return_dict=True, cu_seq_lens_q=cu_seq_lens_q, seq_idx=seq_idx,
         )  # fmt: skip
+        last = read.last_hidden_state
         kept = last[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else last[:, logits_to_keep]
         logits = self.lm_head(kept)[..., : self.config.vocab_size]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=residuals)
-        return output if _as_dict(return_dict, self.config) else output.to_tuple()
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=read.past_key_values, hidden_states=read.hidden_states
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     # -- generate
 
@@ -127,7 +100,7 @@ class Mamba3LMForCausalLM(Mamba3LMPreTrainedModel, GenerationMixin):
         cache = kwargs.get("past_key_values")
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if isinstance(ids, Tensor) and ids.numel():
-            self._check_ids(ids)
+            self.check_ids(ids)
         if isinstance(cache, Mamba3LMCache) and cache.get_seq_length():
             cache.check_continues(ids)
             config = kwargs.get("generation_config") or self.generation_config
@@ -181,7 +154,3 @@ class Mamba3LMForCausalLM(Mamba3LMPreTrainedModel, GenerationMixin):
             "logits_to_keep": logits_to_keep, "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,
         }  # fmt: skip
-
-
-def _as_dict(return_dict: bool | None, config: Mamba3LMConfig) -> bool:
-    return bool(config.return_dict if return_dict is None else return_dict)

@@ -212,7 +212,7 @@ class Mamba3LM(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Mamba3LM:
-        """Load what `save_pretrained` wrote, in the dtype of the file unless told.
+        """Load what `save_pretrained` wrote, here or in transformers, in the dtype of the file unless told.
 
         Raises ValueError when a file is missing, damaged, of another model, or holds NaN.
         """
@@ -225,6 +225,8 @@ class Mamba3LM(nn.Module):
             weights = load_file(folder / WEIGHTS_FILE, device="cpu")
         except SafetensorError as error:
             raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or truncated: {error}.") from error
+        # transformers puts the blocks of a model with a head under this name.
+        weights = {name.removeprefix("model."): value for name, value in weights.items()}
         return cls.from_weights(config, weights, device=device, dtype=dtype, source=str(folder))
 
     @classmethod

@@ -16,9 +16,10 @@ def pair(kind="siso", dtype=torch.float64, **changes):
     """(lm, model): the same weights; `model` is in evaluation mode, as from_pretrained leaves it."""
     lm = tiny(kind, dtype=dtype, **changes)
     model = Mamba3LMForCausalLM(Mamba3LMConfig.from_mamba3(lm.config)).to(dtype)
-    missing, unknown = model.load_state_dict(lm.state_dict(), strict=False)
-    assert not unknown and set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
+    weights = lm.state_dict()
+    head = weights.pop("lm_head.weight", weights["embedding.weight"])
+    model.model.load_state_dict(weights)
+    model.lm_head.load_state_dict({"weight": head})
     return lm, model.eval()
 
 

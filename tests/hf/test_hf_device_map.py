@@ -30,10 +30,10 @@ def test_layers_on_the_disk(changes, tmp_path):
     """Their weights are there only while they compute, also those that a layer reads without calling a module."""
     _, whole = pair("siso", dtype=torch.float32, **changes)
     whole.save_pretrained(tmp_path)
-    where = {"embedding": "cpu", "layers.0": "cpu", "norm_f": "cpu", "lm_head": "cpu"}
-    where |= {f"layers.{i}": "disk" for i in range(1, len(whole.layers))}
+    where = {"model.embedding": "cpu", "model.layers.0": "cpu", "model.norm_f": "cpu", "lm_head": "cpu"}
+    where |= {f"model.layers.{i}": "disk" for i in range(1, len(whole.model.layers))}
     spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=where, offload_folder=tmp_path / "offload")
-    assert all(p.is_meta for p in spread.layers[1].parameters())
+    assert all(p.is_meta for p in spread.model.layers[1].parameters())
     check(spread, whole)
     spread.train().gradient_checkpointing_enable()
     loss = spread(tokens(1, 8), labels=tokens(1, 8)).loss
@@ -44,7 +44,14 @@ def test_layers_on_the_disk(changes, tmp_path):
 def test_layers_on_the_other_device(tmp_path):
     _, whole = pair("hybrid", dtype=torch.float32)
     whole.save_pretrained(tmp_path)
-    where = {"embedding": 0, "layers.0": 0, "layers.1": "cpu", "layers.2": 0, "norm_f": 0, "lm_head": 0}
+    where = {
+        "model.embedding": 0,
+        "model.layers.0": 0,
+        "model.layers.1": "cpu",
+        "model.layers.2": 0,
+        "model.norm_f": 0,
+        "lm_head": 0,
+    }
     spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=where)
     ids, mask = left_padded([tokens(9), tokens(4)])
     whole = whole.cuda()

@@ -26,7 +26,6 @@ def test_either_side_reads_what_the_other_wrote(kind, changes, tmp_path):
     back = Mamba3LM.from_pretrained(tmp_path / "hf")
     assert back.config == lm.config == model.config.to_mamba3()
     assert back.fingerprint() == lm.fingerprint() == model.to_mamba3().fingerprint()
-    assert load_file(tmp_path / "hf/model.safetensors").keys() == load_file(tmp_path / "lm/model.safetensors").keys()
     ids = tokens(2, 9)
     assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits)
     base = AutoModel.from_pretrained(tmp_path / "hf")
@@ -51,9 +50,8 @@ def test_dtypes(name, dtype, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, **{name: dtype})
     want = torch.bfloat16 if dtype == "auto" else dtype
     built = Mamba3LM(lm.config, dtype=want)
-    assert {n: p.dtype for n, p in built.named_parameters()} == {
-        n: p.dtype for n, p in model.named_parameters() if n in dict(built.named_parameters())
-    }
+    built.lm_head = None
+    assert {n: p.dtype for n, p in built.named_parameters()} == {n: p.dtype for n, p in model.model.named_parameters()}
     assert model.dtype == want
     if want == torch.bfloat16:
         assert distance(model(tokens(1, 9)).logits, lm(tokens(1, 9))[..., :50]) == 0
@@ -65,7 +63,7 @@ def test_from_config_starts_as_a_language_model_does():
     torch.manual_seed(3)
     lm = Mamba3LM(tiny("hybrid").config)
     model = AutoModelForCausalLM.from_config(Mamba3LMConfig.from_mamba3(lm.config))
-    mine, theirs = dict(model.named_parameters()), dict(lm.named_parameters())
+    mine, theirs = dict(model.model.named_parameters()), dict(lm.named_parameters())
     assert mine.keys() == theirs.keys()
     for name, p in theirs.items():
         assert mine[name].std().item() == pytest.approx(p.std().item(), rel=0.5, abs=1e-3), name
@@ -75,23 +73,26 @@ def test_from_config_starts_as_a_language_model_does():
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_resized_embeddings(tied, tmp_path):
     _, model = pair("siso", dtype=torch.float32, tie_embeddings=tied)
-    assert (model.lm_head.weight is model.embedding.weight) == tied
+    assert (model.lm_head.weight is model.model.embedding.weight) == tied
     before = model(tokens(1, 6)).logits
     with pytest.raises(ValueError, match="resize_token_embeddings"):
         model(torch.tensor([[1, 60]]))
     model.resize_token_embeddings(61, mean_resizing=False)
-    assert model.config.vocab_size == 61 and model.embedding.weight.shape == model.lm_head.weight.shape == (64, 16)
-    assert (model.lm_head.weight is model.embedding.weight) == tied
+    assert model.config.vocab_size == 61 and model.model.embedding.weight.shape == model.lm_head.weight.shape == (
+        64,
+        16,
+    )
+    assert (model.lm_head.weight is model.model.embedding.weight) == tied
     logits = model(torch.tensor([[1, 60]])).logits
     assert logits.shape == (1, 2, 61)
     assert torch.equal(model(tokens(1, 6)).logits[..., :50], before)
-    assert 0.01 < model.embedding.weight[56:].std() < 0.03
+    assert 0.01 < model.model.embedding.weight[56:].std() < 0.03
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(torch.tensor([[1, 60]])).logits, logits)
     assert distance(Mamba3LM.from_pretrained(tmp_path)(torch.tensor([[1, 60]]))[..., :61], logits) == 0
     model.resize_token_embeddings(70, pad_to_multiple_of=32)
-    assert model.config.to_mamba3().padded_vocab_size == len(model.embedding.weight) == 96
-    assert model.resize_token_embeddings() is model.embedding
+    assert model.config.to_mamba3().padded_vocab_size == len(model.model.embedding.weight) == 96
+    assert model.resize_token_embeddings() is model.model.embedding
 
 
 def test_the_configuration_makes_a_round_trip(tmp_path):
@@ -131,7 +132,10 @@ BAD = {
         lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]),
         "model.safetensors.*damaged or truncated",
     ),
-    "a missing tensor": (lambda d: tensors(d, lambda w: w.pop("layers.1.mixer.D")), "missing layers.1.mixer.D"),
+    "a missing tensor": (
+        lambda d: tensors(d, lambda w: w.pop("layers.1.mixer.D")),
+        "missing model.layers.1.mixer.D. Restore",
+    ),
     "an unknown tensor": (lambda d: tensors(d, lambda w: w.update(extra=torch.ones(2))), "unknown extra"),
     "a tensor of NaN": (lambda d: tensors(d, lambda w: w["norm_f.weight"].fill_(torch.nan)), "norm_f.weight holds NaN"),
     "a misshapen tensor": (
