@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "nn": {"ops", "nn"},
     "lm": {"ops", "nn", "lm"},
     "convert": {"ops", "nn", "lm", "convert"},
+    "hf": {"ops", "nn", "lm", "hf"},
     "train": {"ops", "nn", "lm", "train"},
     "evaluate": {"ops", "nn", "lm", "evaluate"},
     "cli": {"ops", "nn", "lm", "convert", "train", "evaluate", "cli"},

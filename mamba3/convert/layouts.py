@@ -20,22 +20,17 @@ from torch import Tensor
 from mamba3.convert.config import config_from_official, config_to_official
 from mamba3.convert.layer import check_floating, reordered
 from mamba3.lm import Mamba3Config, Mamba3LM
+from mamba3.lm.config import ARCHITECTURE, FOREIGN, MODEL_TYPE
 from mamba3.lm.model import check_weights
 from mamba3.nn import Mamba3
 
 OFFICIAL, OURS, TRANSFORMERS = LAYOUTS = ("official", "mamba3", "transformers")
 HEAD, PREFIX = "lm_head.weight", "backbone."
 EMBEDDING = PREFIX + "embedding.weight"
-MODEL_TYPE, ARCHITECTURE = "mamba3_lm", "Mamba3LMForCausalLM"
 FIELDS = {field.name for field in dataclasses.fields(Mamba3Config)}
 # transformers' names for fields of ours, and what it writes beside a model's fields.
 ALIASES = {"hidden_size": "d_model", "tie_word_embeddings": "tie_embeddings"}
-FOREIGN = {
-    "architectures", "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
-    "eos_token_id", "id2label", "is_encoder_decoder", "label2id", "model_type", "num_labels", "output_attentions",
-    "output_hidden_states", "pad_token_id", "problem_type", "quantization_config", "return_dict", "sep_token_id",
-    "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
+FOREIGN_TOO = ("num_labels", "quantization_config", "sep_token_id", "task_specific_params")
 
 
 def layout_of(values: Mapping[str, Any], folder: Path) -> str:
@@ -61,7 +56,9 @@ def config_from(layout: str, values: Mapping[str, Any], decay: str) -> Mamba3Con
     if layout == OURS:
         return Mamba3Config.from_dict(dict(values))
     ours = {ALIASES.get(name, name): value for name, value in values.items()}
-    unknown = sorted(name for name in ours if name not in FIELDS | FOREIGN and not name.startswith("_"))
+    unknown = sorted(
+        name for name in ours if name not in FIELDS | {*FOREIGN, *FOREIGN_TOO} and not name.startswith("_")
+    )
     if unknown:
         raise ValueError(
             f"config.json has unknown fields: {', '.join(unknown)}. The file may be of a newer mamba3 (then upgrade it: "

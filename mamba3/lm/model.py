@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from mamba3.lm import generate as generation
 from mamba3.lm import shards
-from mamba3.lm.config import Mamba3Config
+from mamba3.lm.config import ARCHITECTURE, MODEL_TYPE, Mamba3Config
 from mamba3.lm.state import LayerState, LMState
 from mamba3.nn import Attention, GatedMLP, Mamba3, RMSNorm, init
 from mamba3.ops.state_file import replace_file
@@ -196,18 +197,21 @@ class Mamba3LM(nn.Module):
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str | None = None) -> None:
         """Write config.json and model.safetensors, each atomically; the folder is made if it is missing.
 
-        max_shard_size: bytes, or a text such as "5GB"; larger weights are split into files with an index.
+        transformers reads the folder too, after `import mamba3.hf`. max_shard_size: bytes, or a text such as "5GB"; larger
+        weights are split into files with an index.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         shards.write(folder, self.state_dict(), max_shard_size)
-        replace_file(folder / CONFIG_FILE, self.config.to_json().encode())
+        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
+        values = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "dtype": dtype, **self.config.to_dict()}
+        replace_file(folder / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Mamba3LM:
-        """Load what `save_pretrained` wrote, in the dtype of the file unless told.
+        """Load what `save_pretrained` wrote, here or in transformers, in the dtype of the file unless told.
 
         Raises ValueError when a file is missing, damaged, of another model, or holds NaN.
         """
@@ -217,7 +221,9 @@ class Mamba3LM(nn.Module):
             absent = shards.WEIGHTS_FILE if (folder / CONFIG_FILE).is_file() else CONFIG_FILE
             raise ValueError(f"{folder} is not a saved Mamba3LM: it has no {absent}.")
         config = Mamba3Config.from_json((folder / CONFIG_FILE).read_text())
-        return cls.from_weights(config, shards.read(weights), device=device, dtype=dtype, source=str(folder))
+        # transformers puts the blocks of a model with a head under this name.
+        tensors = {name.removeprefix("model."): value for name, value in shards.read(weights).items()}
+        return cls.from_weights(config, tensors, device=device, dtype=dtype, source=str(folder))
 
     @classmethod
     def from_weights(
