@@ -219,7 +219,7 @@ def test_lm_eval_reads_our_folder_after_one_import(capsys, folder, tmp_path):
         "task_manager": run.TaskManager(include_defaults=False),
     }
     theirs = simple_evaluate(
-        model="hf", model_args=f"pretrained={place},dtype=float32", tasks=bundled.load_tasks(names), **settings
+        model="hf", device="cpu", model_args=f"pretrained={place},dtype=float32", tasks=bundled.load_tasks(names), **settings
     )["results"]
     model = Mamba3LM.from_pretrained(folder)
     ours = run.evaluate(model, byte_tokenizer(), names, limit=6)["results"]
