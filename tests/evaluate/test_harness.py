@@ -198,6 +198,13 @@ def test_a_model_that_knows_the_answers_scores_one(lm, monkeypatch):
     assert values["acc,none"] == 1 and values["perplexity,none"] == 1
 
 
+@needs_files
+def test_a_perplexity_beyond_numbers_says_what_may_be_wrong(lm, monkeypatch):
+    monkeypatch.setattr(HarnessLM, "loglikelihood", lambda self, requests: [(-900.0, False)] * len(requests))
+    with pytest.raises(ArithmeticError, match=r"too large for a number.*its tokenizer"):
+        run.evaluate(lm.model, lm.encoder, ["lambada_openai"], limit=2)
+
+
 # -- the harness's own command
 
 
@@ -219,7 +226,11 @@ def test_lm_eval_reads_our_folder_after_one_import(capsys, folder, tmp_path):
         "task_manager": run.TaskManager(include_defaults=False),
     }
     theirs = simple_evaluate(
-        model="hf", device="cpu", model_args=f"pretrained={place},dtype=float32", tasks=bundled.load_tasks(names), **settings
+        model="hf",
+        device="cpu",
+        model_args=f"pretrained={place},dtype=float32",
+        tasks=bundled.load_tasks(names),
+        **settings,
     )["results"]
     model = Mamba3LM.from_pretrained(folder)
     ours = run.evaluate(model, byte_tokenizer(), names, limit=6)["results"]
