@@ -59,6 +59,7 @@ def evaluate(
 
     Raises:
         ValueError: a task has no such name, or no documents there. OSError: the hub does not give them out.
+        ArithmeticError: a perplexity is beyond float64.
     """
     if source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}; it is {source!r}.")
@@ -75,16 +76,22 @@ def evaluate(
     ]
     chosen += bundled.load_tasks(from_files) if from_files else []
     chosen += _from_hub(from_hub) if from_hub else []
-    found = simple_evaluate(
-        model=lm,
-        tasks=list(chosen),
-        task_manager=TaskManager(include_defaults=False),
-        batch_size=batch_size,
-        limit=limit,
-        use_cache=None if cache is None else f"{cache}.{_signature(lm)}",
-        bootstrap_iters=1000,
-        log_samples=False,
-    )
+    try:
+        found = simple_evaluate(
+            model=lm,
+            tasks=list(chosen),
+            task_manager=TaskManager(include_defaults=False),
+            batch_size=batch_size,
+            limit=limit,
+            use_cache=None if cache is None else f"{cache}.{_signature(lm)}",
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
+    except OverflowError as error:
+        raise ArithmeticError(
+            "A perplexity is too large for a number: the model finds the texts all but impossible. Is it trained, is this its "
+            "tokenizer, and, for official weights, its decay? Accuracies can be had of the tasks without a perplexity."
+        ) from error
     assert found is not None
     everything: Results = dict(found)
     results = {name: everything[name] for name in KEPT if name in everything}

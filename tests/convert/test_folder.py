@@ -1,11 +1,13 @@
 """Laws of converting folders: there and back is the identity bit for bit, and what fails leaves nothing behind."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mamba3 import Mamba3Config, Mamba3LM, preset
 from mamba3.cli import main
@@ -264,6 +266,14 @@ def test_a_padding_that_matters_is_told_apart():
 # -- at full size
 
 
+def word_tokenizer(size):
+    """Token i is the word "w<i>", but for the last, which ends a text: every token of a large vocabulary can be seen."""
+    vocabulary = {f"w{i}": i for i in range(size - 1)} | {"<|end_of_text|>": size - 1}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "parameters"), [("siso", 186_849_600), ("mimo", 187_291_968)])
 def test_the_whole_path_at_the_smallest_published_size(tmp_path, capsys, kind, parameters):
@@ -275,6 +285,7 @@ def test_the_whole_path_at_the_smallest_published_size(tmp_path, capsys, kind, p
         "vocab_size": 128_256,
     }  # fmt: skip
     source, weights = official(tmp_path / "published", config)
+    word_tokenizer(config["vocab_size"]).save(str(source / "tokenizer.json"))
 
     def run(*arguments):
         with pytest.raises(SystemExit) as exit:
@@ -290,8 +301,8 @@ def test_the_whole_path_at_the_smallest_published_size(tmp_path, capsys, kind, p
     said = run("convert", tmp_path / "hf", tmp_path / "back", "--to", "official")
     assert "between source and result: 0 " in said
     same(read_weights(tmp_path / "back")[0], weights)
-    greedy = ["--prompt", "Mamba", "--max-new-tokens", 4, "--temperature", 0]
+    greedy = ["--prompt", "w7 w100000", "--max-new-tokens", 4, "--temperature", 0]
     texts = {run("generate", "--model", tmp_path / name, *greedy) for name in ("ours", "hf", "back")}
     texts.add(run("generate", "--model", source, "--decay", "heavy_tail", *greedy))
-    assert len(texts) == 1
+    assert len(texts) == 1 and len(re.findall(r"w\d+", texts.pop())) == 4
     assert load_official(tmp_path / "back").fingerprint() == Mamba3LM.from_pretrained(tmp_path / "ours").fingerprint()

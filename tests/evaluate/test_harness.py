@@ -198,6 +198,13 @@ def test_a_model_that_knows_the_answers_scores_one(lm, monkeypatch):
     assert values["acc,none"] == 1 and values["perplexity,none"] == 1
 
 
+@needs_files
+def test_a_perplexity_beyond_numbers_says_what_may_be_wrong(lm, monkeypatch):
+    monkeypatch.setattr(HarnessLM, "loglikelihood", lambda self, requests: [(-900.0, False)] * len(requests))
+    with pytest.raises(ArithmeticError, match=r"too large for a number.*its tokenizer"):
+        run.evaluate(lm.model, lm.encoder, ["lambada_openai"], limit=2)
+
+
 # -- the harness's own command
 
 
