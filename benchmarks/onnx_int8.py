@@ -74,7 +74,8 @@ def timed(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[st
             if i >= 2:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {
-        name: dict(zip(("low", "median", "high"), statistics.quantiles(v, n=4), strict=True)) for name, v in times.items()
+        name: dict(zip(("low", "median", "high"), statistics.quantiles(v, n=4), strict=True))
+        for name, v in times.items()
     }
 
 
@@ -100,7 +101,9 @@ def measure(steps: int, windows: int, repeats: int) -> dict[str, Any]:
         one, prompt = np.array([65]), text[:1, :PREFILL].numpy()
         state = lm.init_state(1)
         step: dict[str, Callable[[], object]] = {"torch": lambda: lm.step(torch.from_numpy(one), state)}
-        prefill: dict[str, Callable[[], object]] = {"torch": lambda: lm.prefill(torch.from_numpy(prompt), last_only=True)}
+        prefill: dict[str, Callable[[], object]] = {
+            "torch": lambda: lm.prefill(torch.from_numpy(prompt), last_only=True)
+        }
         for name, model in models.items():
             first = model.init_state(1)
             step[f"onnx {name}"] = lambda m=model, s=first: m.step(one, s)

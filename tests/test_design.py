@@ -64,11 +64,11 @@ def test_importing_is_light_and_has_no_effects():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("document", ["mathematics.md", "design.md", "numerics.md"])
+@pytest.mark.parametrize("document", ["mathematics.md", "design.md", "numerics.md", "transformers.md"])
 def test_documents_name_what_exists(document):
     """Every `ops.something.name`, file and test named in a document is there."""
     text = (ROOT / "docs" / document).read_text()
-    for module, name in re.findall(r"`((?:ops|nn|lm)(?:\.\w+)*)\.(\w+)`", text):
+    for module, name in re.findall(r"`((?:ops|nn|lm|hf|export)(?:\.\w+)*)\.(\w+)`", text):
         path = PACKAGE / Path(*module.split("."))
         source = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
         assert re.search(rf"\b{name}\b", source.read_text()), f"{document}: {module}.{name}"
