@@ -31,6 +31,7 @@ class Mamba3LMConfig(PreTrainedConfig):
 
     model_type = MODEL_TYPE
     attribute_map = {"hidden_size": "d_model", "tie_word_embeddings": "tie_embeddings"}  # noqa: RUF012 (as declared there)
+    auto_map = {}  # noqa: RUF012  TRL (1.16) looks for it in any configuration whose class is not transformers' own
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     def __init__(self, **values: Any):

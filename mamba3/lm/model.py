@@ -6,7 +6,6 @@ h += mixer(RMSNorm(h));  h += mlp(RMSNorm(h));  ...;  logits = head(RMSNorm(h)),
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -130,18 +129,19 @@ class Mamba3LM(nn.Module):
         last_only: logits of each sequence's last token alone, [b, 1, v] (or [s, 1, v] for a pack).
         """
         boundaries = self._boundaries(input_ids, cu_seqlens)
-        counts = [input_ids.shape[1]] * input_ids.shape[0]
-        if boundaries is not None:
-            counts = [b - a for a, b in itertools.pairwise(boundaries)]
-        state = self.init_state(len(counts)) if state is None else state
-        self._check_state(state, len(counts))
+        batch = input_ids.shape[0] if boundaries is None else len(boundaries) - 1
+        state = self.init_state(batch) if state is None else state
+        self._check_state(state, batch)
         h, layers = self._embed(input_ids, 2), []
         for block, layer in zip(self._blocks(), state.layers, strict=True):
             h, layer = block.run(h, lambda u, m=block.mixer, s=layer: m.prefill(u, s, boundaries))
             layers.append(layer)
         if last_only:
             h = h[:, -1:] if boundaries is None else h[0, [b - 1 for b in boundaries[1:]]].unsqueeze(1)
-        tokens = state.tokens + torch.tensor(counts, device=state.tokens.device)
+        read = input_ids.shape[1]
+        if boundaries is not None:
+            read = torch.tensor(boundaries, device=state.tokens.device).diff()
+        tokens = state.tokens + read
         return self.head(self.norm_f(h, self.embedding.weight.dtype)), LMState(layers, tokens, state.fingerprint)
 
     def step(self, input_ids: Tensor, state: LMState) -> tuple[Tensor, LMState]:
@@ -187,7 +187,10 @@ class Mamba3LM(nn.Module):
             digest = hashlib.sha256(self.config.canonical().to_json().encode())
             samples = []
             for p in parameters.values():
-                flat = p.detach().reshape(-1)
+                v = p.detach()
+                if hasattr(v, "qdata"):  # a quantised weight of torchao, which has no view
+                    v = v.dequantize()
+                flat = v.reshape(-1)
                 samples.append(flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].double())
             if samples and not samples[0].is_meta:
                 digest.update(torch.cat(samples).cpu().numpy().tobytes())
