@@ -15,8 +15,11 @@ MAY_IMPORT = {
     "nn": {"ops", "nn"},
     "lm": {"ops", "nn", "lm"},
     "convert": {"ops", "nn", "lm", "convert"},
+    "hf": {"ops", "nn", "lm", "hf"},
+    "export": {"ops", "nn", "lm", "export"},
     "train": {"ops", "nn", "lm", "train"},
-    "cli": {"ops", "nn", "lm", "convert", "train", "cli"},
+    "evaluate": {"ops", "nn", "lm", "evaluate"},
+    "cli": {"ops", "nn", "lm", "convert", "train", "evaluate", "cli"},
 }
 
 
@@ -54,18 +57,19 @@ def test_importing_is_light_and_has_no_effects():
         "import sys, torch; torch.manual_seed(3); before = (torch.get_rng_state().sum(), torch.get_num_threads(), "
         "torch.get_default_dtype()); import mamba3; "
         "assert before == (torch.get_rng_state().sum(), torch.get_num_threads(), torch.get_default_dtype()); "
-        "heavy = {'transformers', 'matplotlib', 'tokenizers', 'typer', 'huggingface_hub', 'triton'} & set(sys.modules); "
+        "heavy = {'transformers', 'peft', 'onnx', 'onnxruntime', 'torchao', 'lm_eval'}; "
+        "heavy |= {'matplotlib', 'tokenizers', 'typer', 'huggingface_hub', 'triton'}; heavy &= set(sys.modules); "
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("document", ["mathematics.md", "design.md", "numerics.md"])
+@pytest.mark.parametrize("document", ["mathematics.md", "design.md", "numerics.md", "transformers.md", "evaluation.md"])
 def test_documents_name_what_exists(document):
     """Every `ops.something.name`, file and test named in a document is there."""
     text = (ROOT / "docs" / document).read_text()
-    for module, name in re.findall(r"`((?:ops|nn|lm)(?:\.\w+)*)\.(\w+)`", text):
+    for module, name in re.findall(r"`((?:ops|nn|lm|hf|export)(?:\.\w+)*)\.(\w+)`", text):
         path = PACKAGE / Path(*module.split("."))
         source = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
         assert re.search(rf"\b{name}\b", source.read_text()), f"{document}: {module}.{name}"

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from mamba3.cli.console import errors
 from mamba3.cli.convert import convert
 from mamba3.cli.demo import demo
+from mamba3.cli.eval import evaluate
 from mamba3.cli.generate import generate
 from mamba3.cli.info import info
 from mamba3.cli.interrupt import INTERRUPTED
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 for command in (train, generate, info, convert, demo):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

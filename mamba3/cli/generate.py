@@ -13,10 +13,14 @@ _CONTEXT = 8  # tokens of the prompt's end that may decide how the next token is
 
 
 def generate(
-    model: Annotated[Path, typer.Option(help="a model folder, or the folder of a training run")] = Path("run"),
+    model: Annotated[
+        str, typer.Option(help="a model folder in any layout, the folder of a training run, or a hub id (owner/name)")
+    ] = "run",
     prompt: Annotated[str, typer.Option(help="text to continue; may be empty")] = "",
     prompt_file: Annotated[Path | None, typer.Option(help="read the prompt from this file")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, if none lies beside the model")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="tokenizer.json, its folder or a hub id, if none lies beside the model")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to choose at most")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 0.8,
     top_k: Annotated[int, typer.Option(help="keep the k likeliest tokens; 0 keeps all")] = 0,
@@ -29,6 +33,7 @@ def generate(
     state_out: Annotated[Path | None, typer.Option(help="save the state here at the end")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="dtype of the weights; as saved if absent")] = None,
+    decay: Annotated[str, typer.Option(help="of official weights: auto, softplus or heavy_tail")] = "auto",
 ) -> None:
     """Continue a text. Going on from --state-in with no prompt gives the tokens of never having stopped."""
     from mamba3.cli.interrupt import INTERRUPTED, stop_on_interrupt
@@ -47,7 +52,7 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
     text = _prompt(prompt, prompt_file)
-    lm, encoder = load_model(model, tokenizer, device, dtype)
+    lm, encoder = load_model(model, tokenizer, device, dtype, decay)
     session = Session.load(state_in, lm) if state_in else Session.new(lm)
     if seed is not None:
         session.generator.manual_seed(seed)

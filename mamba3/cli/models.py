@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from mamba3.convert import files, hub, layouts, read_model
 from mamba3.lm import Mamba3LM
 from mamba3.train import checkpoint
-from mamba3.train.tokenizer import FILE_NAME, load_tokenizer
+from mamba3.train.tokenizer import FILE_NAME
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -36,32 +37,37 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def find_model(folder: Path) -> Path:
-    """The model folder itself, or the newest checkpoint of a run folder."""
+def find_model(name: str | Path) -> Path:
+    """The model folder itself, the newest checkpoint of a run folder, or the files of a repository of the hub."""
+    folder = Path(name)
     if (folder / "config.json").is_file():
         return folder
     checkpoints = checkpoint.list_checkpoints(folder)
     if checkpoints:
         return checkpoints[-1]
+    if not folder.exists() and hub.is_repo_id(str(name)):
+        return hub.find_folder(str(name))
     raise ValueError(
         f"a model folder must hold config.json and model.safetensors, or be a run of `mamba3 train`, but {folder} "
-        f"{'is neither' if folder.exists() else 'does not exist'}; name another folder."
+        f"{'is neither' if folder.exists() else 'does not exist'}; name another folder, or a repository of the hub."
     )
 
 
-def load_model(folder: Path, tokenizer: Path | None, device: str, dtype: str | None) -> tuple[Mamba3LM, Tokenizer]:
-    """The model of a folder (see `find_model`) and its tokenizer: the one given, else the one beside the model."""
-    place = find_model(folder)
+def load_model(
+    name: str | Path, tokenizer: str | Path | None, device: str, dtype: str | None, decay: str = "auto"
+) -> tuple[Mamba3LM, Tokenizer]:
+    """The model of a folder (see `find_model`) in any layout, and its tokenizer: the one given, else the one beside it."""
+    place = find_model(name)
     if tokenizer is None and not (place / FILE_NAME).is_file():
-        raise ValueError(
-            f"a model needs its tokenizer, but {place} holds no {FILE_NAME}; give one with --tokenizer FILE."
+        official = layouts.layout_of(files.read_json(place / files.CONFIG_FILE), place) == layouts.OFFICIAL
+        trained = (
+            " The official checkpoints were trained with that of meta-llama/Llama-3.1-8B (gated: accept its terms)."
         )
-    encoder = load_tokenizer(tokenizer or place)
-    model = Mamba3LM.from_pretrained(place, device=pick_device(device), dtype=pick_dtype(dtype)).eval()
-    size = encoder.get_vocab_size(with_added_tokens=True)
-    if size > model.config.vocab_size:
         raise ValueError(
-            f"a tokenizer must not have more tokens than its model, but {tokenizer or place} has {size} and the model "
-            f"{model.config.vocab_size}; give the tokenizer that the model was trained with."
+            f"a model needs its tokenizer, but {place} holds no {FILE_NAME}; give one with --tokenizer FILE, its folder or a "
+            f"repository of the hub.{trained if official else ''}"
         )
+    encoder = files.read_tokenizer(hub.find_tokenizer(tokenizer or place))
+    model = read_model(place, decay, pick_dtype(dtype), pick_device(device), tokenizer=encoder).model.eval()
+    files.check_vocabulary(encoder, model.config, tokenizer or place)
     return model, encoder

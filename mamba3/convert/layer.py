@@ -78,8 +78,18 @@ def layer_to_official(layer: Mamba3) -> tuple[dict[str, Any], dict[str, Tensor]]
     """
     arguments = official_arguments(layer)
     weights = {name: value.detach().clone() for name, value in layer.state_dict().items()}
-    _permute_(weights, layer, torch.argsort(_official_channels(layer)))
-    return arguments, weights
+    return arguments, {**weights, **reordered(weights, layer, official=True)}
+
+
+def reordered(weights: Mapping[str, Tensor], layer: Mamba3, *, official: bool) -> dict[str, Tensor]:
+    """Copies of those tensors that have an n axis, in the official order of state channels or, from there, in ours.
+
+    layer: says which order that is; it need not hold the weights.
+    """
+    order = _official_channels(layer)
+    copies = {name: weights[name].detach().clone() for name in ("in_proj.weight", *PERMUTED)}
+    _permute_(copies, layer, torch.argsort(order) if official else order)
+    return copies
 
 
 def layer_arguments(config: Mapping[str, Any], d_model: int) -> dict[str, Any]:
@@ -173,7 +183,7 @@ def take_official_order_(layer: Mamba3) -> None:
 
 def _official_channels(layer: Mamba3) -> Tensor:
     """[n]: the official index of each of our state channels."""
-    i, n = torch.arange(layer.pairs), layer.d_state
+    i, n = torch.arange(layer.pairs, device="cpu"), layer.d_state
     first, second = (i, i + n // 2) if layer.mimo_x is not None else (2 * i, 2 * i + 1)
     turned = torch.zeros(n, dtype=torch.bool)
     turned[first] = turned[second] = True

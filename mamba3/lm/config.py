@@ -7,7 +7,19 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from mamba3.nn.mlp import MULTIPLE
+
+_USUAL_PADDING = 8
 LAYER_KINDS = ("mamba3", "attention")
+# What transformers calls a folder of ours, and the class of mamba3.hf that reads it.
+MODEL_TYPE, ARCHITECTURE = "mamba3_lm", "Mamba3LMForCausalLM"
+# What config.json holds for transformers' sake, beside the model's own fields.
+FOREIGN = (
+    "architectures", "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "eos_token_id", "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
+    "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "tokenizer_class", "torch_dtype",
+    "transformers_version", "use_cache",
+)  # fmt: skip
 
 
 def _tuples(value: Any) -> Any:
@@ -52,7 +64,7 @@ class Mamba3Config:
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True  # the residual stream of a 16-bit model is float32
     tie_embeddings: bool = True
-    pad_vocab_multiple: int = 8
+    pad_vocab_multiple: int = _USUAL_PADDING
 
     def __post_init__(self):
         for name in ("layers", "B_bias", "C_bias"):
@@ -73,6 +85,18 @@ class Mamba3Config:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding."""
         return -(-self.vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
+
+    def canonical(self) -> Mamba3Config:
+        """One spelling for all configurations that build the same model: sizes as they are after rounding up.
+
+        The paper's 1264 inner channels and the 1280 that are stored, a vocabulary padded to 8 or to 16 with the same
+        result: such models compute the same and can read each other's states.
+        """
+        inner = -(-self.d_intermediate // MULTIPLE) * MULTIPLE
+        usual = dataclasses.replace(self, d_intermediate=inner, pad_vocab_multiple=_USUAL_PADDING)
+        if usual.padded_vocab_size == self.padded_vocab_size:
+            return usual
+        return dataclasses.replace(usual, pad_vocab_multiple=self.padded_vocab_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in config.json."""
@@ -98,11 +122,16 @@ class Mamba3Config:
 
     @classmethod
     def from_json(cls, text: str) -> Mamba3Config:
-        """The inverse of `to_json`. ValueError when the text is no JSON object or has unknown keys."""
+        """The inverse of `to_json`; what a config.json says to transformers is passed over.
+
+        ValueError when the text is no JSON object, has unknown keys or is of another kind of model.
+        """
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"A configuration is a JSON object; this text is not JSON: {error}.") from error
         if not isinstance(values, dict):
             raise ValueError(f"A configuration is a JSON object; this is a {type(values).__name__}.")
-        return cls.from_dict(values)
+        if values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+            raise ValueError(f"The configuration is of a {values['model_type']} model; a Mamba3LM is a {MODEL_TYPE}.")
+        return cls.from_dict({name: value for name, value in values.items() if name not in FOREIGN})

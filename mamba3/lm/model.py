@@ -6,19 +6,18 @@ h += mixer(RMSNorm(h));  h += mlp(RMSNorm(h));  ...;  logits = head(RMSNorm(h)),
 from __future__ import annotations
 
 import hashlib
-import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mamba3.lm import generate as generation
-from mamba3.lm.config import Mamba3Config
+from mamba3.lm import shards
+from mamba3.lm.config import ARCHITECTURE, MODEL_TYPE, Mamba3Config
 from mamba3.lm.state import LayerState, LMState
 from mamba3.nn import Attention, GatedMLP, Mamba3, RMSNorm, init
 from mamba3.nn.linear import one_row, project
@@ -26,7 +25,7 @@ from mamba3.ops.state_file import replace_file
 from mamba3.ops.types import wide_dtype
 from mamba3.ops.validation import check_cu_seqlens
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE = "config.json"
 FINGERPRINT_SAMPLES = 64
 
 
@@ -139,11 +138,9 @@ class Mamba3LM(nn.Module):
         last_only: logits of each sequence's last token alone, [b, 1, v] (or [s, 1, v] for a pack).
         """
         boundaries = self._boundaries(input_ids, cu_seqlens)
-        counts = [input_ids.shape[1]] * input_ids.shape[0]
-        if boundaries is not None:
-            counts = [b - a for a, b in itertools.pairwise(boundaries)]
-        state = self.init_state(len(counts)) if state is None else state
-        self._check_state(state, len(counts))
+        batch = input_ids.shape[0] if boundaries is None else len(boundaries) - 1
+        state = self.init_state(batch) if state is None else state
+        self._check_state(state, batch)
         h, layers = self._embed(input_ids, 2), []
         shorten = last_only and boundaries is None
         for i, (block, layer) in enumerate(zip(self._blocks(), state.layers, strict=True)):
@@ -154,7 +151,10 @@ class Mamba3LM(nn.Module):
             layers.append(layer)
         if last_only and boundaries is not None:
             h = h[0, [b - 1 for b in boundaries[1:]]].unsqueeze(1)
-        tokens = state.tokens + torch.tensor(counts, device=state.tokens.device)
+        read = input_ids.shape[1]
+        if boundaries is not None:
+            read = torch.tensor(boundaries, device=state.tokens.device).diff()
+        tokens = state.tokens + read
         return self.head(self.norm_f(h, self.embedding.weight.dtype)), LMState(layers, tokens, state.fingerprint)
 
     def step(self, input_ids: Tensor, state: LMState) -> tuple[Tensor, LMState]:
@@ -193,46 +193,53 @@ class Mamba3LM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def fingerprint(self) -> str:
-        """A short name for these weights: a hash of the configuration and of samples of every parameter."""
+        """A short name for these weights: a hash of what the configuration builds and of samples of every parameter."""
         parameters = dict(self.named_parameters())
         key = tuple((p.data_ptr(), p._version) for p in parameters.values() if not p.is_meta)
         if self._fingerprint is None or self._fingerprint[0] != key:
-            digest = hashlib.sha256(self.config.to_json().encode())
+            digest = hashlib.sha256(self.config.canonical().to_json().encode())
             samples = []
             for p in parameters.values():
-                flat = p.detach().reshape(-1)
+                v = p.detach()
+                if hasattr(v, "qdata"):  # a quantised weight of torchao, which has no view
+                    v = v.dequantize()
+                flat = v.reshape(-1)
                 samples.append(flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].double())
             if samples and not samples[0].is_meta:
                 digest.update(torch.cat(samples).cpu().numpy().tobytes())
             self._fingerprint = (key, digest.hexdigest()[:16])
         return self._fingerprint[1]
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, each atomically; the folder is made if it is missing."""
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str | None = None) -> None:
+        """Write config.json and model.safetensors, each atomically; the folder is made if it is missing.
+
+        transformers reads the folder too, after `import mamba3.hf`. max_shard_size: bytes, or a text such as "5GB"; larger
+        weights are split into files with an index.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        replace_file(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
-        replace_file(folder / CONFIG_FILE, self.config.to_json().encode())
+        shards.write(folder, self.state_dict(), max_shard_size)
+        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
+        values = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "dtype": dtype, **self.config.to_dict()}
+        replace_file(folder / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Mamba3LM:
-        """Load what `save_pretrained` wrote, in the dtype of the file unless told.
+        """Load what `save_pretrained` wrote, here or in transformers, in the dtype of the file unless told.
 
         Raises ValueError when a file is missing, damaged, of another model, or holds NaN.
         """
         folder = Path(folder)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} is not a saved Mamba3LM: it has no {name}.")
+        weights = shards.find(folder)
+        if not (folder / CONFIG_FILE).is_file() or weights is None:
+            absent = shards.WEIGHTS_FILE if (folder / CONFIG_FILE).is_file() else CONFIG_FILE
+            raise ValueError(f"{folder} is not a saved Mamba3LM: it has no {absent}.")
         config = Mamba3Config.from_json((folder / CONFIG_FILE).read_text())
-        try:
-            weights = load_file(folder / WEIGHTS_FILE, device="cpu")
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or truncated: {error}.") from error
-        return cls.from_weights(config, weights, device=device, dtype=dtype, source=str(folder))
+        # transformers puts the blocks of a model with a head under this name.
+        tensors = {name.removeprefix("model."): value for name, value in shards.read(weights).items()}
+        return cls.from_weights(config, tensors, device=device, dtype=dtype, source=str(folder))
 
     @classmethod
     def from_weights(

@@ -1,7 +1,7 @@
 """Linear layers where less than the whole product is wanted, or one row of it.
 
 Each function equals `linear(u)` or a part of it. What is not a plain nn.Linear with plain weights (an adapter around it, a
-quantised weight, a hook) is called as it is, so that nothing which someone put there is passed by.
+quantised weight, a hook, a replaced forward) is called as it is, so that nothing which someone put there is passed by.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the layer is its weight and bias and nothing else."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks
-    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooks
+    changed = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not changed
 
 
 @torch.library.custom_op("mamba3::matrix_vector", mutates_args=())
@@ -37,7 +37,7 @@ def one_row(u: Tensor, weight: Tensor) -> Tensor | None:
     32,000); float32 is equal either way, float16 is three times slower in mv.
     """
     single = u.numel() == weight.shape[1] and u.device.type == "cpu" and u.dtype == weight.dtype == torch.bfloat16
-    if not single or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if not single or type(weight) is not nn.Parameter or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     multiply = matrix_vector if torch.compiler.is_compiling() else torch.mv
     return multiply(weight, u.reshape(-1)).view(*u.shape[:-1], -1)

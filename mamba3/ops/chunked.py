@@ -49,7 +49,8 @@ def pass_states(local: Tensor, total: Tensor, S: Tensor, ranks: int) -> tuple[Te
     """What enters each chunk [k, h, n, p] and what leaves the block, from local states and S [s, h, n, p]."""
     if ranks == 1:
         return S, torch.addcmul(local, S, total[..., None, None])
-    steps = zip(local.chunk(ranks), total[..., None, None].chunk(ranks), strict=True)
+    by_rank = (v.unflatten(0, (ranks, -1)).unbind() for v in (local, total[..., None, None]))
+    steps = zip(*by_rank, strict=True)
     if not torch.is_grad_enabled():
         states = torch.empty(ranks + 1, *S.shape, dtype=S.dtype, device=S.device)
         states[0] = S

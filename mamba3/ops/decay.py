@@ -53,6 +53,8 @@ class Between(Function):
         else:
             factors.mul_(w.unsqueeze(-2))
         factors.tril_(-1)
+        if torch.compiler.is_exporting():  # torch.export (2.13) does not know how to write into a diagonal
+            return factors + torch.diag_embed(gamma)
         factors.diagonal(dim1=-2, dim2=-1).add_(gamma)
         return factors
 

@@ -39,6 +39,9 @@ class Chunks:
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int, int]]:
         """Ranges (j0, j1, sequences) of chunk ranks with the same sequences running, of about `rows` rows each."""
+        if torch.compiler.is_exporting() and self.order is None:  # one graph for every batch: its size is a symbol
+            yield 0, len(self.running), self.running[0]
+            return
         start = 0
         while start < len(self.running):
             n = self.running[start]

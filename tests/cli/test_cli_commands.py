@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from mamba3.lm import LMState, Mamba3Config, Mamba3LM
 from mamba3.lm.generate import Sampling
 from mamba3.train.report import read_metrics
 from mamba3.train.tokenizer import byte_tokenizer
+from tests.convert.hub import Hub, point_at
 
 SMALL = [
     "--steps", "4", "--warmup-steps", "1", "--seq-len", "16", "--batch-tokens", "32", "--eval-tokens", "32", "--d-model",
@@ -324,7 +326,43 @@ def test_convert_writes_the_model_that_the_library_reads(capsys, tmp_path):
     ids = torch.arange(20)[None]
     expected = load_official(source, "softplus", torch.float64)(ids)
     torch.testing.assert_close(Mamba3LM.from_pretrained(tmp_path / "to")(ids), expected, rtol=0, atol=0)
-    assert "tokenizer" in failure(capsys, "convert", source, tmp_path / "to")
+    assert "tokenizer" in failure(capsys, "convert", source, tmp_path / "again")
+    assert "--overwrite" in failure(capsys, "convert", source, tmp_path / "to")
+
+
+def test_generate_reads_every_layout_and_finds_the_tokenizer(capsys, folder, tmp_path):
+    settings = ["--prompt", "abc", "--max-new-tokens", 12, "--temperature", 0]
+    expected = run(capsys, "generate", "--model", folder, *settings)[1]
+    official = Mamba3LM.from_pretrained(folder)
+    for layout in ("transformers", "official"):
+        made = tmp_path / layout
+        code, out, err = run(capsys, "convert", folder, made, "--to", layout, "--max-shard-size", "5GB")
+        assert code == 0, err
+        assert "tokenizer.json carried along" in out and "source and result: 0 " in out
+        assert run(capsys, "generate", "--model", made, *settings)[1] == expected
+        (made / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+        line = failure(capsys, "generate", "--model", made, *settings)
+        assert "--tokenizer FILE" in line and ("Llama-3.1-8B (gated" in line) == (layout == "official")
+        for tokenizer in (tmp_path / "tokenizer.json", tmp_path):
+            assert run(capsys, "generate", "--model", made, "--tokenizer", tokenizer, *settings)[1] == expected
+    small = Mamba3LM(replace(official.config, vocab_size=100))
+    small.save_pretrained(tmp_path / "small")
+    line = failure(capsys, "generate", "--model", tmp_path / "small", "--tokenizer", folder, *settings)
+    assert "goes up to token 256 and the model has embeddings for 104" in line
+
+
+def test_models_and_tokenizers_of_the_hub(capsys, folder, tmp_path, monkeypatch):
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    settings = ["--prompt", "abc", "--max-new-tokens", 3, "--temperature", 0]
+    expected = run(capsys, "generate", "--model", folder, *settings)[1]
+    with Hub({"someone/model": folder, "meta/tokenizer": folder}) as server:
+        point_at(monkeypatch, server, tmp_path / "cache")
+        assert run(capsys, "generate", "--model", "someone/model", *settings)[1] == expected
+        server.gated.add("meta/tokenizer")
+        line = failure(capsys, "generate", "--model", folder, "--tokenizer", "meta/tokenizer", *settings)
+        assert "meta/tokenizer is gated" in line and "hf auth login" in line
+        line = failure(capsys, "generate", "--model", "someone/else", *settings)
+        assert "no such repository" in line and "Check the name" in line
 
 
 def test_the_state_is_as_large_after_many_tokens_as_after_a_few():

@@ -1,0 +1,117 @@
+"""What a batch of transformers means as sequences: which columns are tokens, and where each sequence begins.
+
+The recurrence has no mask: a padding token would move the state. Wherever a batch is not dense its tokens are laid one
+after another and read as a pack, which the recurrence does exactly, so that padding on either side, documents packed in
+a row and rows without any token are one case.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Boundaries = Tensor | list[int]
+
+
+class Rows(NamedTuple):
+    """index [n]: the tokens among the b t columns, or None when all are. boundaries [s + 1]: of the pack, None when dense.
+
+    owners: the rows that have a token, in order. packed: some row holds more than one sequence.
+    """
+
+    index: Tensor | None
+    boundaries: list[int] | None
+    owners: list[int]
+    packed: bool
+
+    def pack(self, h: Tensor) -> Tensor:
+        """h [b, t, ...] to the pack [1, n, ...]; as it is when dense."""
+        if self.boundaries is None:
+            return h
+        flat = h.flatten(0, 1)
+        return (flat if self.index is None else flat.index_select(0, self.index)).unsqueeze(0)
+
+    def unpack(self, h: Tensor, batch: int, tokens: int) -> Tensor:
+        """The inverse of `pack`; zeros in columns of padding."""
+        if self.boundaries is None:
+            return h
+        flat = h[0]
+        if self.index is not None:
+            flat = flat.new_zeros(batch * tokens, *flat.shape[1:]).index_copy(0, self.index, flat)
+        return flat.unflatten(0, (batch, tokens))
+
+
+def rows_of(
+    batch: int,
+    tokens: int,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Boundaries | None = None,
+) -> Rows:
+    """The sequences of a [batch, tokens] batch.
+
+    Args:
+        attention_mask: [batch, at least tokens], the last columns count; 0 is padding.
+        position_ids: [1 or batch, tokens]; a token that does not follow its predecessor's position begins a sequence.
+        seq_idx: [1 or batch, tokens]; the number of the sequence that a token is of.
+        cu_seqlens: boundaries of sequences packed in one row; they take precedence over the two above.
+
+    Raises ValueError for shapes that do not fit, and for boundaries beside padding.
+    """
+    real = None if attention_mask is None else _real(attention_mask, batch, tokens)
+    if cu_seqlens is not None:
+        boundaries = [int(v) for v in cu_seqlens]
+        if batch != 1 or real is not None:
+            raise ValueError(
+                f"cu_seq_lens_q packs sequences into one row without padding; {batch} rows came"
+                f"{' with an attention_mask that has zeros' if real is not None else ''}. Leave the mask out or give one row."
+            )
+        return Rows(None, boundaries, list(range(len(boundaries) - 1)), len(boundaries) > 2)
+    starts = _starts(batch, tokens, position_ids, 1) | _starts(batch, tokens, seq_idx, 0)
+    if real is None and not bool(starts[:, 1:].any()):
+        return Rows(None, None, list(range(batch)), False)
+    if real is None:
+        real = torch.ones(batch, tokens, dtype=torch.bool, device=starts.device)
+    # A restart between padding and the first token of a row is that row's own beginning.
+    starts = starts.to(real.device) & real
+    counts = real.sum(1).tolist()
+    index = real.flatten().nonzero().squeeze(1)
+    first, owners = [], []
+    at = 0
+    for row, count in enumerate(counts):
+        if count:
+            owners.append(row)
+            first.append(at)
+        at += count
+    inner = starts.flatten().index_select(0, index).nonzero().squeeze(1).tolist()
+    boundaries = sorted({*first, *inner, at})
+    return Rows(None if at == batch * tokens else index, boundaries, owners, len(boundaries) - 1 > len(owners))
+
+
+def _real(attention_mask: Tensor, batch: int, tokens: int) -> Tensor | None:
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < tokens:
+        raise ValueError(
+            f"attention_mask must be [{batch}, at least {tokens}], with zeros at padding; it came with shape "
+            f"{tuple(attention_mask.shape)}."
+        )
+    real = attention_mask[:, -tokens:].bool()
+    if bool(real.all()):
+        return None
+    if not bool(real.any()):
+        raise ValueError("attention_mask is zero everywhere: there is no token to read.")
+    return real
+
+
+def _starts(batch: int, tokens: int, v: Tensor | None, step: int) -> Tensor:
+    """[batch, tokens]: where v does not follow its predecessor by `step`; never in the first column."""
+    if v is None:
+        return torch.zeros(batch, tokens, dtype=torch.bool)
+    if v.ndim != 2 or v.shape[0] not in (1, batch) or v.shape[1] != tokens:
+        raise ValueError(
+            f"position_ids and seq_idx must be [1 or {batch}, {tokens}]; one came with shape {tuple(v.shape)}."
+        )
+    starts = torch.nn.functional.pad(v.diff() != step, (1, 0))
+    return starts.expand(batch, -1)
