@@ -31,7 +31,7 @@ class Rows(NamedTuple):
         if self.boundaries is None:
             return h
         flat = h.flatten(0, 1)
-        return (flat if self.index is None else flat.index_select(0, self.index)).unsqueeze(0)
+        return (flat if self.index is None else flat.index_select(0, self.index.to(h.device))).unsqueeze(0)
 
     def unpack(self, h: Tensor, batch: int, tokens: int) -> Tensor:
         """The inverse of `pack`; zeros in columns of padding."""
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
             return h
         flat = h[0]
         if self.index is not None:
-            flat = flat.new_zeros(batch * tokens, *flat.shape[1:]).index_copy(0, self.index, flat)
+            flat = flat.new_zeros(batch * tokens, *flat.shape[1:]).index_copy(0, self.index.to(h.device), flat)
         return flat.unflatten(0, (batch, tokens))
 
 
@@ -63,20 +63,18 @@ def rows_of(
     """
     real = None if attention_mask is None else _real(attention_mask, batch, tokens)
     if cu_seqlens is not None:
-        boundaries = [int(v) for v in cu_seqlens]
+        boundaries = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
         if batch != 1 or real is not None:
             raise ValueError(
                 f"cu_seq_lens_q packs sequences into one row without padding; {batch} rows came"
                 f"{' with an attention_mask that has zeros' if real is not None else ''}. Leave the mask out or give one row."
             )
         return Rows(None, boundaries, list(range(len(boundaries) - 1)), len(boundaries) > 2)
-    starts = _starts(batch, tokens, position_ids, 1) | _starts(batch, tokens, seq_idx, 0)
-    if real is None and not bool(starts[:, 1:].any()):
+    marks = [(_spread(batch, tokens, v), step) for v, step in ((position_ids, 1), (seq_idx, 0)) if v is not None]
+    if real is None and not any(bool((v.diff() != step).any()) for v, step in marks):
         return Rows(None, None, list(range(batch)), False)
     if real is None:
-        real = torch.ones(batch, tokens, dtype=torch.bool, device=starts.device)
-    # A restart between padding and the first token of a row is that row's own beginning.
-    starts = starts.to(real.device) & real
+        real = torch.ones(batch, tokens, dtype=torch.bool, device=marks[0][0].device)
     counts = real.sum(1).tolist()
     index = real.flatten().nonzero().squeeze(1)
     first, owners = [], []
@@ -86,7 +84,12 @@ def rows_of(
             owners.append(row)
             first.append(at)
         at += count
-    inner = starts.flatten().index_select(0, index).nonzero().squeeze(1).tolist()
+    # What follows what is a matter of tokens: the columns of padding between them count no positions.
+    inner = [
+        i + 1
+        for v, step in marks
+        for i in (v.flatten().index_select(0, index.to(v.device)).diff() != step).nonzero().flatten().tolist()
+    ]
     boundaries = sorted({*first, *inner, at})
     return Rows(None if at == batch * tokens else index, boundaries, owners, len(boundaries) - 1 > len(owners))
 
@@ -105,13 +108,9 @@ def _real(attention_mask: Tensor, batch: int, tokens: int) -> Tensor | None:
     return real
 
 
-def _starts(batch: int, tokens: int, v: Tensor | None, step: int) -> Tensor:
-    """[batch, tokens]: where v does not follow its predecessor by `step`; never in the first column."""
-    if v is None:
-        return torch.zeros(batch, tokens, dtype=torch.bool)
+def _spread(batch: int, tokens: int, v: Tensor) -> Tensor:
     if v.ndim != 2 or v.shape[0] not in (1, batch) or v.shape[1] != tokens:
         raise ValueError(
             f"position_ids and seq_idx must be [1 or {batch}, {tokens}]; one came with shape {tuple(v.shape)}."
         )
-    starts = torch.nn.functional.pad(v.diff() != step, (1, 0))
-    return starts.expand(batch, -1)
+    return v.expand(batch, -1)

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from mamba3 import LMState
+from mamba3 import LMState, Mamba3LM
 from mamba3.export import quantize_weights
 from mamba3.export import weights as weights_file
 from tests.hf.cases import pair, tokens
@@ -50,6 +51,23 @@ def test_int8_weights_under_transformers():
     got = model.generate(ids, do_sample=False, max_new_tokens=10)
     assert got.shape == (2, 30)
     assert distance(model.model(ids)[0], lm.hidden(ids)) < 1e-5
+
+
+def test_int8_weights_through_transformers_files(tmp_path):
+    """Quantised while loading, by transformers' own setting; what it then saves loads as it was."""
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    lm, _ = pair("mimo", dtype=torch.float32, d_model=64)
+    lm.save_pretrained(tmp_path)
+    settings = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, device_map="cpu")
+    assert type(model.model.layers[0].mixer.in_proj.weight).__name__ == "Int8Tensor"
+    ids = tokens(2, 20)
+    assert 0 < distance(model(ids).logits, lm(ids)[..., :50]) < 0.05
+    model.save_pretrained(tmp_path / "int8")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "int8")(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="no field quantization_config"):
+        Mamba3LM.from_pretrained(tmp_path / "int8")
 
 
 def test_bad_input_is_told(monkeypatch):

@@ -42,6 +42,10 @@ def test_padding_leaves_no_trace(kind, changes):
     right = model(ids.flip(1), attention_mask=mask.flip(1)).logits
     assert distance(right[1, :4], lm(rows[1].flip(0).unsqueeze(0))[0, :, :50]) < 1e-12
     hole = torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1, 1]] * 3)
+    places = (hole.cumsum(1) - 1).masked_fill(hole == 0, 1)  # as transformers counts them
+    assert torch.equal(
+        model(ids, attention_mask=hole, position_ids=places).logits, model(ids, attention_mask=hole).logits
+    )
     assert (
         distance(model(ids, attention_mask=hole).logits[0, hole[0] == 1], lm(ids[:1, hole[0] == 1])[0, :, :50]) < 1e-12
     )
