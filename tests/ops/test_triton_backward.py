@@ -84,7 +84,7 @@ def assert_within_twice_the_chunked_error(values, state=None, cu_seqlens=None, *
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_are_those_of_the_reference(shape, dtype):
-    s = SHAPES[shape]
+    s = SHAPES[shape] if shape != "one token" else Sizes(b=8, t=1, per_group=4, p=8, n=8, a=2)
     values = place(inputs(s, dtype=dtype, tick=shape == "siso"))
     state = random_state(s, dtype=dtype).to(DEVICE) if shape != "siso" else None
     assert_within_twice_the_chunked_error(values, state)
@@ -201,23 +201,23 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("settings", [{}, dict(mimo_rank=2, out_norm="pre_gate", ngroups=2)])
 def test_the_layer_trains_with_the_kernels_as_with_chunked(settings, monkeypatch):
     layer = Mamba3(d_model=16, d_state=16, headdim=16, **settings, dtype=torch.float32, device=DEVICE)
-    u = torch.randn(2, 21, 16, device=DEVICE, requires_grad=True)
-    weight = torch.randn(2, 21, 16, device=DEVICE)
-    wanted = [u, *layer.parameters()]
+    u, weight = torch.randn(2, 2, 21, 16, device=DEVICE).unbind(0)
 
-    def grads(impl):
+    def grads(impl, dtype=torch.float32):
         monkeypatch.setattr(mixer, "run_scan", lambda *a: run_scan(*a, impl=impl))
-        return torch.autograd.grad((layer(u) * weight).sum(), wanted)
+        leaf = u.to(dtype).requires_grad_()
+        return torch.autograd.grad((layer.to(dtype)(leaf) * weight).sum(), [leaf, *layer.parameters()])
 
-    for ours, theirs in zip(grads("triton"), grads("chunked"), strict=True):
-        assert distance(ours, theirs) < 3e-6
+    ours, theirs, truth = grads("triton"), grads("chunked"), grads("chunked", torch.float64)
+    mine, yardstick = (sum(distance(g, t) ** 2 for g, t in zip(found, truth, strict=True)) for found in (ours, theirs))
+    assert mine**0.5 <= 2 * yardstick**0.5 + FLOOR
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("t", [1, 63, 64, 65, 4097])
 def test_on_the_device_at_the_model_s_sizes(t, rank):
-    s = Sizes(b=1, t=t, per_group=2, p=64, n=128, a=32, r=rank)
+    s = Sizes(b=1 if t > 65 else 4, t=t, per_group=2 if t > 65 else 8, p=64, n=128, a=32, r=rank)
     for dtype in (torch.bfloat16, torch.float16):
         values, state = place(inputs(s, dtype=dtype)), random_state(s, dtype=dtype).to(DEVICE)
         assert_within_twice_the_chunked_error(values, state if t != 4097 else None)
