@@ -36,7 +36,7 @@ def test_every_kernel_compiles(target):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     used = json.loads(done.stdout.splitlines()[-1])
-    assert len(used) == 38
+    assert len(used) == 28
     too_much = {name: shared for name, shared in used.items() if shared > TARGETS[target]}
     assert not too_much
 
@@ -115,13 +115,14 @@ def compile_all(name: str) -> dict[str, int]:
             HAS_Z=True, HAS_BIAS_C=True, HAS_D=True, HAS_BIAS=True, HAS_START=True, HAS_END=True, SUMMARY=False,
             HEADS=HEADS_A_PROGRAM,
         )  # fmt: skip
-        used[f"gradient_x {label}"] = shared(gradient_x.gradient_x_kernel, back, WARPS, kind, narrow=("S",))
-        for reverse in (False, True):
-            flags = back | dict(REVERSE=reverse, SIDE_B=reverse)
-            used[f"states {reverse} {label}"] = shared(states.states_kernel, flags, WARPS, kind)
-            used[f"gradient_bc {reverse} {label}"] = shared(
-                gradient_bc.gradient_bc_kernel, flags, WARPS, kind, narrow=("S",)
-            )
+        if not exact:  # in float32 they take minutes to compile, and impl="auto" does not take them
+            used[f"gradient_x {label}"] = shared(gradient_x.gradient_x_kernel, back, WARPS, kind, narrow=("S",))
+            for reverse in (False, True):
+                flags = back | dict(REVERSE=reverse, SIDE_B=reverse)
+                used[f"states {reverse} {label}"] = shared(states.states_kernel, flags, WARPS, kind)
+                used[f"gradient_bc {reverse} {label}"] = shared(
+                    gradient_bc.gradient_bc_kernel, flags, WARPS, kind, narrow=("S",)
+                )
         step = sizes | dict(
             R=rank, RP=rank, NP=128, A_FLOOR=1e-4, HEAVY_TAIL=True, LAM=-1.0, HAS_BIAS_B=True, HAS_BIAS_C=True,
             HAS_MIMO=mimo, HAS_D=True,
