@@ -21,14 +21,17 @@ def implementations(device: torch.device | str = "cpu", dtype: torch.dtype = tor
     """Each implementation with, in words, whether it runs on `device` with inputs of `dtype`, and what `auto` takes."""
     device, name = torch.device(device), str(dtype).removeprefix("torch.")
     reason = kernels.why_not(device, dtype)
-    picked = "auto takes it" if reason else "auto takes it where gradients are recorded"
-    fused = (
-        f"does not run: {reason}" if reason else f"runs on {device.type} in {name}: fused, forward only; auto takes it"
-    )
+    if reason or device.type != "cuda":
+        picked, taken = "; auto takes it", ""
+    elif dtype in kernels.TRAINS:
+        picked, taken = "", "; auto takes it"
+    else:
+        picked, taken = (f"; auto takes it where {where}" for where in ("gradients are recorded", "no gradient is"))
+    fused = f"does not run: {reason}" if reason else f"runs on {device.type} in {name}: fused, with gradients{taken}"
     return {
         "reference": f"runs on {device.type}: float64, token by token, the definition; never chosen by auto",
-        "chunked": f"runs on {device.type} in {name}: chunk-parallel PyTorch; {picked}",
-        "triton": fused + ("" if reason else " where no gradient is recorded"),
+        "chunked": f"runs on {device.type} in {name}: chunk-parallel PyTorch{picked}",
+        "triton": fused,
     }
 
 
@@ -78,7 +81,7 @@ def scan(
             comes out for each rank.
         state: where each sequence starts, [b, ...] or [s, ...] for a pack; zeros when None.
         cu_seqlens: boundaries [s + 1] of s sequences packed along t, with b = 1: 0, ..., t.
-        impl: "auto" (see `implementations`), "triton" (fused kernels, forward only), "chunked" or "reference" (float64
+        impl: "auto" (see `implementations`), "triton" (fused kernels; no second derivatives), "chunked" or "reference" (float64
             results).
 
     Returns:
@@ -108,10 +111,10 @@ def run_scan(
     if impl not in ("auto", "triton", *IMPLEMENTATIONS):
         raise ValueError(f"impl must be auto, triton, {' or '.join(IMPLEMENTATIONS)}; it is {impl!r}.")
     inp, gate, state, boundaries, sizes = check(inp, gate, state, cu_seqlens)
-    reason = _why_not_triton(inp, gate, state)
+    reason = kernels.why_not(inp.x.device, inp.x.dtype)
     if impl == "triton" and reason:
         raise ValueError(f"impl='triton' cannot run here: {reason}. Use impl='auto' or 'chunked'.")
-    if impl == "triton" or (impl == "auto" and reason is None and inp.x.device.type == "cuda"):
+    if impl == "triton" or (impl == "auto" and reason is None and _takes_triton(inp, gate, state)):
         from mamba3.ops.triton import library
 
         return library.scan(inp, gate, state, boundaries)
@@ -122,16 +125,17 @@ def run_scan(
 def run_state(inp: Inputs, state: State | None = None) -> State:
     """The state after a batch of sequences, where y is not wanted: `run_scan` without its readout."""
     inp, gate, state, _, sizes = check(inp, Gate(), state, None)
-    if inp.x.device.type == "cuda" and _why_not_triton(inp, gate, state) is None:
+    if kernels.why_not(inp.x.device, inp.x.dtype) is None and _takes_triton(inp, gate, state):
         return run_scan(inp, gate, state).state
     return chunked.final_state(inp, state or zero_state(inp, sizes))
 
 
-def _why_not_triton(inp: Inputs, gate: Gate, state: State | None) -> str | None:
+def _takes_triton(inp: Inputs, gate: Gate, state: State | None) -> bool:
+    """Whether `auto` takes the kernels, which can run."""
+    if inp.x.device.type != "cuda" or inp.x.dtype in kernels.TRAINS:
+        return inp.x.device.type == "cuda"
     tensors = (v for v in (*inp, *gate, *(state or ())) if isinstance(v, Tensor))
-    if torch.is_grad_enabled() and any(v.requires_grad for v in tensors):
-        return "a gradient is recorded, and the kernels have no backward yet"
-    return kernels.why_not(inp.x.device, inp.x.dtype)
+    return not (torch.is_grad_enabled() and any(v.requires_grad for v in tensors))
 
 
 def step(

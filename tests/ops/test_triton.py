@@ -140,8 +140,6 @@ def test_columns_of_a_projection_are_read_in_place_and_runs_are_bitwise_equal():
 def test_asking_for_what_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     values = inputs(Sizes(t=3, a=2), dtype=torch.float32)
-    with pytest.raises(ValueError, match="a gradient is recorded"):
-        ops.scan(**values | {"x_bthp": values["x_bthp"].requires_grad_()}, impl="triton")
     with torch.no_grad(), pytest.raises(ValueError, match="need a CUDA or ROCm device, not cpu"):
         ops.scan(**values, impl="triton")
     with torch.no_grad(), pytest.raises(ValueError, match="not float64"):

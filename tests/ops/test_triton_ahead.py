@@ -20,10 +20,12 @@ TARGETS = {
 FLOATS = {
     "dt", "A_rate", "lam", "tick_bth", "theta", "decay", "decay_low", "source", "source_low", "gamma", "tick", "B_bias",
     "C_bias", "mimo_x", "mimo_z", "mimo_o", "D", "S", "S_in", "S_out", "S_state", "total", "phi", "phi_in", "phi_out",
-    "dt_bias",
+    "dt_bias", "weight", "bias", "S_start", "turning", "dD", "d_log", "d_weight", "d_gamma", "d_mimo_x", "d_mimo_z",
+    "d_mimo_o", "d_own", "d_theta", "d_tick", "d_bias", "d_tick_B", "d_tick_C", "d_halo", "d_dt", "d_A", "d_lam",
+    "S_final",
 }  # fmt: skip
 INTEGERS = {"chunks", "segments", "sequences", "sequence_segments", "phase", "turned"}
-NUMBERS = {"T", "x_row", "z_row", "row_size"}
+NUMBERS = {"T", "x_row", "z_row", "row_size", "k_first", "c_first", "t_first", "Tw"}
 
 
 @pytest.mark.slow
@@ -34,7 +36,7 @@ def test_every_kernel_compiles(target):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     used = json.loads(done.stdout.splitlines()[-1])
-    assert len(used) == 16
+    assert len(used) == 28
     too_much = {name: shared for name, shared in used.items() if shared > TARGETS[target]}
     assert not too_much
 
@@ -47,7 +49,18 @@ def compile_all(name: str) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mamba3.ops.triton import coefficients, decode, last_token, output, segments
+    from mamba3.ops.triton import (
+        coefficients,
+        decode,
+        gradient_bc,
+        gradient_dt,
+        gradient_x,
+        last_token,
+        output,
+        segments,
+        states,
+    )
+    from mamba3.ops.triton.backward import HEADS_A_PROGRAM, WARPS
     from mamba3.ops.triton.launch import Device, choose
 
     backend, arch = name.split(":")
@@ -57,17 +70,23 @@ def compile_all(name: str) -> dict[str, int]:
     capability = (int(arch) // 10, int(arch) % 10) if backend == "cuda" else (0, 0)
     limits = Device(multiprocessors=100, shared_bytes=TARGETS[name], capability=capability)
 
-    def shared(kernel, constants, warps, dtype="bf16", descriptors=None):
+    def shared(kernel, constants, warps, dtype="bf16", descriptors=None, narrow=()):
         signature, values, attributes = {}, {}, {}
         for i, argument in enumerate(kernel.arg_names):
-            if argument in constants:
+            if kernel.params[i].is_constexpr:
                 signature[argument], values[argument] = "constexpr", constants[argument]
             elif argument in (descriptors or {}):
                 signature[argument] = f"tensordesc<{descriptors[argument]}>"
             elif argument in NUMBERS:
                 signature[argument], attributes[(i,)] = "i32", [["tt.divisibility", 16]]
             else:
-                kind = "fp32" if argument in FLOATS else "i32" if argument in INTEGERS else dtype
+                kind = (
+                    "fp32"
+                    if argument in FLOATS and argument not in narrow
+                    else "i32"
+                    if argument in INTEGERS
+                    else dtype
+                )
                 signature[argument], attributes[(i,)] = "*" + kind, [["tt.divisibility", 16]]
         source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
         return triton.compile(source, target=target, options={"num_warps": warps}).metadata.shared
@@ -91,14 +110,30 @@ def compile_all(name: str) -> dict[str, int]:
             boxes["theta"] = f"fp32[{launch.tokens},32]"
         used[f"output {label}"] = shared(output.output_kernel, matrix | gate, launch.num_warps, kind, boxes)
         used[f"summary {label}"] = shared(segments.summary_kernel, matrix, launch.num_warps, kind, boxes)
+        back = sizes | present | dict(
+            R=rank, RP=rank, L=max(16, (32 if exact else 64) // rank), DTYPE=dtype, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo,
+            HAS_Z=True, HAS_BIAS_C=True, HAS_D=True, HAS_BIAS=True, HAS_START=True, HAS_END=True, SUMMARY=False,
+            HEADS=HEADS_A_PROGRAM,
+        )  # fmt: skip
+        if not exact:  # in float32 they take minutes to compile, and impl="auto" does not take them
+            used[f"gradient_x {label}"] = shared(gradient_x.gradient_x_kernel, back, WARPS, kind, narrow=("S",))
+            for reverse in (False, True):
+                flags = back | dict(REVERSE=reverse, SIDE_B=reverse)
+                used[f"states {reverse} {label}"] = shared(states.states_kernel, flags, WARPS, kind)
+                used[f"gradient_bc {reverse} {label}"] = shared(
+                    gradient_bc.gradient_bc_kernel, flags, WARPS, kind, narrow=("S",)
+                )
         step = sizes | dict(
             R=rank, RP=rank, NP=128, A_FLOOR=1e-4, HEAVY_TAIL=True, LAM=-1.0, HAS_BIAS_B=True, HAS_BIAS_C=True,
             HAS_MIMO=mimo, HAS_D=True,
         )  # fmt: skip
         used[f"decode {label}"] = shared(decode.decode_kernel, step, 2, kind)
     small = dict(H=64, A=32, AP=32, L=64, HB=16)
-    used["coefficients"] = shared(coefficients.coefficients_kernel, small | dict(EXACT=True), 4)
+    used["coefficients"] = shared(coefficients.coefficients_kernel, small | dict(EXACT=True, BACKWARD=True), 4)
     used["phases"] = shared(coefficients.phases_kernel, dict(HA=2048, CB=64, BLOCK=32, HAS_PHI=True), 4)
+    flags = dict(H=64, L=64, HB=32, HAS_STATE=True, TURNS=True, HAS_TICK=True)
+    used["gradient_dt"] = shared(gradient_dt.gradient_dt_kernel, flags, 4)
+    used["reverse merge"] = shared(states.reverse_merge_kernel, dict(H=64, PN=64 * 128, BLOCK=1024, HAS_FINAL=True), 4)
     merge = dict(H=64, R=4, P=64, PB=16, N=128, NP=128, HAS_STATE=True, HAS_MIMO_X=True)
     used["merge"] = shared(segments.merge_kernel, merge, 4)
     used["last token"] = shared(last_token.last_token_kernel, sizes | dict(R=4, HAS_BIAS_B=True), 1)

@@ -3,6 +3,7 @@
     coefficients   decays, weights and turned angle of each chunk; phases: their sum along each sequence
     segments       what each segment of a long sequence does to the state, and the state that enters it
     output         the fused pass: rotate, score, read out, skip, gate, pass the state on
+    backward       from the inputs alone: states of each chunk in both directions of time, gradient_x, gradient_bc, gradient_dt
     last_token     B and x of a sequence's last token, for the state
     decode         one token between the two projections of a layer, in one kernel
 
@@ -18,6 +19,9 @@ import torch
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Where impl="auto" takes the kernels while gradients are recorded. In float32 the backward pass has no tensor cores and
+# takes more than a minute to compile at N 128; impl="triton" runs it.
+TRAINS = (torch.bfloat16, torch.float16)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -5,7 +5,8 @@
     source_l = decay_l - log2(w_l)                    w_l = gamma_l + (1 - lam_{l+1}) dt_{l+1}, gamma alone at a sequence's end
     turned = sum_l theta_l tick_l                     phase = its exclusive sum over a sequence's chunks, in fixed point
 
-so that decay(s -> t) w_s = 2^(decay_t - source_s). Rows are [h, t], the order in which a program of one head reads them.
+so that decay(s -> t) w_s = 2^(decay_t - source_s). The backward pass takes w itself, `weight`.
+Rows are [h, t], the order in which a program of one head reads them.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from mamba3.ops.triton.angles import (
 
 @triton.jit
 def coefficients_kernel(
-    dt, A_rate, lam, tick_bth, theta, chunks, decay, decay_low, source, source_low, gamma, tick, turned, T,
+    dt, A_rate, lam, tick_bth, theta, chunks, decay, decay_low, source, source_low, weight, gamma, tick, turned, T,
     H: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, L: tl.constexpr, HB: tl.constexpr, EXACT: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """One program a (chunk, HB heads). chunks [c, 2]: first token, end of its sequence. `*_low`: what float32 rounds off."""
     i_c, i_hb = tl.program_id(0), tl.program_id(1)
@@ -49,9 +51,12 @@ def coefficients_kernel(
     tl.store(decay + o_out, b_decay.to(tl.float32), mask=m)
     tl.store(gamma + o_out, b_gamma, mask=m)
     if EXACT:
+        tl.store(decay_low + o_out, b_decay - b_decay.to(tl.float32).to(tl.float64), mask=m)
+    if BACKWARD:
+        tl.store(weight + o_out, b_w, mask=m)
+    elif EXACT:
         b_source = b_decay - tl.log2(b_w.to(tl.float64))
         tl.store(source_low + o_out, tl.where(b_w > 0, b_source - b_source.to(tl.float32).to(tl.float64), 0.0), mask=m)
-        tl.store(decay_low + o_out, b_decay - b_decay.to(tl.float32).to(tl.float64), mask=m)
         tl.store(source + o_out, b_source.to(tl.float32), mask=m)
     else:
         tl.store(source + o_out, b_decay.to(tl.float32) - tl.log2(b_w), mask=m)

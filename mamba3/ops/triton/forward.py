@@ -47,12 +47,16 @@ class Sizes(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Rows [h, t] of each token, and the phase [c, h, a] at the start of each chunk."""
+    """Rows [h, t] of each token, and the phase [c, h, a] at the start of each chunk.
+
+    What is not needed is empty: source in the backward pass, weight in the forward, *_low outside float32.
+    """
 
     decay: Tensor
     decay_low: Tensor
     source: Tensor
     source_low: Tensor
+    weight: Tensor
     gamma: Tensor
     tick: Tensor
     phase: Tensor
@@ -113,22 +117,23 @@ def tiles(inp: Inputs, gate: Gate, sizes: Sizes, launch: Launch) -> dict[str, Te
 
 
 def coefficients(
-    inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | None
+    inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | None, *, backward: bool = False
 ) -> tuple[Coefficients, Tensor]:
     """What every chunk needs before its matrices, and the final phi [s, h, a]."""
     b, t = inp.x.shape[:2]
     T, H, A, exact = b * t, sizes.H, sizes.A, inp.x.dtype == torch.float32
     like = {"device": inp.x.device, "dtype": torch.float32}
+    present = (True, exact, not backward, exact and not backward, backward, True, A > 0)
     c = Coefficients(
-        *(torch.empty((H, T) if present else (0,), **like) for present in (True, exact, True, exact, True, A > 0)),
+        *(torch.empty((H, T) if here else (0,), **like) for here in present),
         torch.empty(table.chunks.shape[0], H, A, device=inp.x.device, dtype=torch.int32),
     )  # fmt: skip
     tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
     HB = min(16, triton.next_power_of_2(H))
     coefficients_kernel[(table.chunks.shape[0], triton.cdiv(H, HB))](
         inp.dt.contiguous(), inp.A.contiguous(), inp.lam.contiguous(), tick, inp.theta.contiguous(), table.chunks,
-        c.decay, c.decay_low, c.source, c.source_low, c.gamma, c.tick, c.phase, T,
-        H=H, A=A, AP=padded(A), L=chunk, HB=HB, EXACT=exact, num_warps=4,
+        c.decay, c.decay_low, c.source, c.source_low, c.weight, c.gamma, c.tick, c.phase, T,
+        H=H, A=A, AP=padded(A), L=chunk, HB=HB, EXACT=exact, BACKWARD=backward, num_warps=4,
     )  # fmt: skip
     phi_out = torch.empty(table.sequences.shape[0], H, A, **like)
     if A:
@@ -190,8 +195,12 @@ def scan(
     *,
     launch: Launch | None = None,
     limits: Device | None = None,
+    wide: bool = False,
 ) -> ScanOutput:
-    """The recurrence over all tokens; arguments as `check_inputs` gives them, state None where it is zero."""
+    """The recurrence over all tokens; arguments as `check_inputs` gives them, state None where it is zero.
+
+    wide: y in float32, for a norm that follows.
+    """
     b, t, H, P = inp.x.shape
     limits = limits or device_limits(inp.x.device)
     sizes = Sizes(H, inp.B.shape[-2], inp.rank, P, inp.B.shape[-1], inp.theta.shape[-1])
@@ -211,7 +220,8 @@ def scan(
 
     fused = gate.z is not None and gate.norm == "none"
     shape = (b, t, H, P) if fused else (b, t, sizes.R, H, P)
-    y = torch.empty(shape, device=inp.x.device, dtype=inp.x.dtype if fused or gate.z is None else torch.float32)
+    narrow = not wide and (fused or gate.z is None)
+    y = torch.empty(shape, device=inp.x.device, dtype=inp.x.dtype if narrow else torch.float32)
     S = torch.empty(table.sequences.shape[0], H, P, sizes.N, device=inp.x.device, dtype=torch.float32)
     output_kernel[(H, table.segments.shape[0])](
         v["x"], v["z"], v["theta"], v["B"], v["B_rest"], v["C"], v["C_rest"], _parameter(inp.B_bias),

@@ -1,4 +1,7 @@
-"""The forward pass as a torch.library op: torch.compile and CUDA graphs see one node. It records no gradient."""
+"""The scan and its gradient as torch.library ops: autograd, torch.compile and CUDA graphs see one node for each.
+
+What is kept between the two is the inputs. An out norm is applied around the op, in PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -7,50 +10,117 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mamba3.ops.triton import forward
-from mamba3.ops.types import Gate, Inputs, ScanOutput, State
+from mamba3.ops.gate import apply_gate
+from mamba3.ops.triton import backward, forward
+from mamba3.ops.types import Gate, Inputs, ScanOutput, State, without_autocast
+
+TENSORS = 19  # of scan_op's arguments, those before the options
+
+
+def _unpacked(
+    tensors: Sequence[Tensor | None], cu_seqlens: Sequence[int] | None
+) -> tuple[Inputs, Gate, State | None, list[int] | None]:
+    """The arguments of an implementation from those of the op."""
+    inp, gate, fields = Inputs(*tensors[:12]), Gate(*tensors[12:15]), tensors[15:19]  # pyright: ignore[reportArgumentType]
+    state = None if fields[0] is None else State(*fields)  # pyright: ignore[reportArgumentType]
+    return inp, gate, state, None if cu_seqlens is None else list(cu_seqlens)
 
 
 @torch.library.custom_op("mamba3::scan", mutates_args=())
 def scan_op(
     x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, theta: Tensor, B: Tensor, C: Tensor, B_bias: Tensor | None,
     C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None, tick: Tensor | None, z: Tensor | None,
-    mimo_z: Tensor | None, mimo_o: Tensor | None, norm: str, norm_weight: Tensor | None, phi: Tensor | None,
-    S: Tensor | None, B_prev: Tensor | None, x_prev: Tensor | None, cu_seqlens: Sequence[int] | None,
+    mimo_z: Tensor | None, mimo_o: Tensor | None, phi: Tensor | None, S: Tensor | None, B_prev: Tensor | None,
+    x_prev: Tensor | None, cu_seqlens: Sequence[int] | None, wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`mamba3.ops.scan` after validation: y and the state's phi, S, B_prev, x_prev."""
-    inp = Inputs(x, dt, A, lam, theta, B, C, B_bias, C_bias, mimo_x, D, tick)
-    state = None
-    if phi is not None and S is not None and B_prev is not None and x_prev is not None:
-        state = State(phi, S, B_prev, x_prev)
-    boundaries = None if cu_seqlens is None else list(cu_seqlens)
-    y, after = forward.scan(inp, Gate(z, mimo_z, mimo_o, norm, norm_weight), state, boundaries)
+    """`mamba3.ops.scan` after validation, out norm "none": y (in float32 if `wide`) and the state's phi, S, B_prev, x_prev."""
+    tensors = (
+        x, dt, A, lam, theta, B, C, B_bias, C_bias, mimo_x, D, tick, z, mimo_z, mimo_o, phi, S, B_prev, x_prev,
+    )  # fmt: skip
+    y, after = forward.scan(*_unpacked(tensors, cu_seqlens), wide=wide)
     return y, *after[:4]
 
 
 @scan_op.register_fake
 def _(
-    x, dt, A, lam, theta, B, C, B_bias, C_bias, mimo_x, D, tick, z, mimo_z, mimo_o, norm, norm_weight, phi, S, B_prev,
-    x_prev, cu_seqlens,
+    x, dt, A, lam, theta, B, C, B_bias, C_bias, mimo_x, D, tick, z, mimo_z, mimo_o, phi, S, B_prev, x_prev, cu_seqlens,
+    wide,
 ):  # fmt: skip
     b, t, h, p = x.shape
     r, n = B.shape[-3], B.shape[-1]
     s = b if cu_seqlens is None else len(cu_seqlens) - 1
-    y = x.new_empty((b, t, r, h, p) if z is None else (b, t, h, p))
-    wide = {"dtype": torch.float32}
+    single = {"dtype": torch.float32}
+    y = x.new_empty((b, t, r, h, p) if z is None else (b, t, h, p), **(single if wide else {}))
     return (
-        y, x.new_empty((s, h, theta.shape[-1]), **wide), x.new_empty((s, h, p, n), **wide),
+        y, x.new_empty((s, h, theta.shape[-1]), **single), x.new_empty((s, h, p, n), **single),
         x.new_empty((s, r, h, n)), x.new_empty((s, h, p)),
     )  # fmt: skip
+
+
+@torch.library.custom_op("mamba3::scan_backward", mutates_args=())
+def scan_backward_op(
+    x: Tensor, dt: Tensor, A: Tensor, lam: Tensor, theta: Tensor, B: Tensor, C: Tensor, B_bias: Tensor | None,
+    C_bias: Tensor | None, mimo_x: Tensor | None, D: Tensor | None, tick: Tensor | None, z: Tensor | None,
+    mimo_z: Tensor | None, mimo_o: Tensor | None, phi: Tensor | None, S: Tensor | None, B_prev: Tensor | None,
+    x_prev: Tensor | None, cu_seqlens: Sequence[int] | None, dy: Tensor, d_phi: Tensor | None, dS: Tensor | None,
+    dB_prev: Tensor | None, dx_prev: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of those tensors of `scan_op` that are given, from those of its results."""
+    tensors = (
+        x, dt, A, lam, theta, B, C, B_bias, C_bias, mimo_x, D, tick, z, mimo_z, mimo_o, phi, S, B_prev, x_prev,
+    )  # fmt: skip
+    last = backward.LastState(d_phi, dS, dB_prev, dx_prev)
+    found = backward.backward(*_unpacked(tensors, cu_seqlens), dy, last)
+    every = (*found.inp, *found.gate[:3], *(found.state or State(None, None, None, None))[:4])  # pyright: ignore[reportArgumentType]
+    return [grad for grad, v in zip(every, tensors, strict=True) if v is not None and grad is not None]
+
+
+@scan_backward_op.register_fake
+def _(*arguments):
+    return [v.new_empty(v.shape) for v in arguments[:TENSORS] if v is not None]
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, cu_seqlens, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.cu_seqlens, ctx.like_y = cu_seqlens, (output[0].shape, output[0].dtype)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy, *last):
+    tensors = ctx.saved_tensors
+    if dy is None:
+        shape, dtype = ctx.like_y
+        dy = torch.zeros(shape, dtype=dtype, device=tensors[0].device)
+    found = iter(scan_backward_op(*tensors, ctx.cu_seqlens, dy, *last))
+    return *(None if v is None else next(found) for v in tensors), None, None
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError(
+        "The Triton kernels have no gradient of their gradient; take impl='chunked' where one is needed."
+    )
+
+
+torch.library.register_autograd("mamba3::scan", _differentiate, setup_context=_keep)
+torch.library.register_autograd("mamba3::scan_backward", _refuse)
 
 
 def scan(inp: Inputs, gate: Gate, state: State | None, cu_seqlens: list[int] | None) -> ScanOutput:
     """The arguments of an implementation; state None is the zero state, which then costs nothing.
 
-    Outside torch.compile the kernels are launched without the op around them, which would take longer than they do.
+    Where nothing is compiled and no gradient recorded, the kernels are launched without the op around them, which would
+    take longer than they do.
     """
-    if not torch.compiler.is_compiling():
-        return forward.scan(inp, gate, state, cu_seqlens)
     fields = (None,) * 4 if state is None else state[:4]
-    y, *after = scan_op(*inp, *gate, *fields, cu_seqlens)
+    tensors = (*inp, *gate[:3], gate.norm_weight, *fields)
+    recorded = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+    if not recorded and not torch.compiler.is_compiling():
+        return forward.scan(inp, gate, state, cu_seqlens)
+    normed = gate.norm != "none"
+    inner = Gate() if normed else gate
+    y, *after = scan_op(*inp, *inner[:3], *fields, cu_seqlens, normed)
+    if normed:
+        with without_autocast(inp.x.device):
+            y = apply_gate(y, gate).to(inp.x.dtype)
     return ScanOutput(y, State(*after, conv=None if state is None else state.conv))
