@@ -1,10 +1,13 @@
 """The same stages as `chunked`, fused into Triton kernels; one family for SISO and MIMO, dense and packed.
 
-    coefficients   decays, weights and turned angle of each chunk; phases: their sum along each sequence
+    coefficients   decays and weights of each chunk
+    turns          the angle of each token in its chunk; coefficients' phases: the chunks' sums along each sequence
     segments       what each segment of a long sequence does to the state, and the state that enters it
     output         the fused pass: rotate, score, read out, skip, gate, pass the state on
     last_token     B and x of a sequence's last token, for the state
-    decode         one token between the two projections of a layer, in one kernel
+    decode         one token between the two projections of a layer, in one kernel; decode_ranks for more than one rank
+
+`channels` and `tiles` hold what several of them load and rotate.
 
 Importing this package does not import triton; `why_not` says whether it can be used.
 """
