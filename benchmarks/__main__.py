@@ -1,4 +1,4 @@
-"""python -m benchmarks {cpu, numerics} [--quick]: run a subject, show its tables, write its results."""
+"""python -m benchmarks {cpu, numerics, kernels}, or mamba3 bench: run a subject, show its tables, write its results."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import cpu as cpu_subject
 from benchmarks import environment, plots, results
+from benchmarks import kernels as kernels_subject
 from benchmarks import numerics as numerics_subject
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -38,6 +39,19 @@ def cpu(quick: Quick = False, threads: Threads = 0, out: Out = results.FOLDER) -
 def numerics(quick: Quick = False, threads: Threads = 0, out: Out = results.FOLDER) -> None:
     """Errors against float64: over a million tokens, and by dtype for outputs, states and gradients."""
     _run("numerics", numerics_subject, plots.draw_numerics, quick, threads, out)
+
+
+@app.command()
+def kernels(
+    out: Out = results.FOLDER,
+    chunked: Annotated[bool, typer.Option(help="Time the PyTorch path too.")] = True,
+) -> None:
+    """The Triton kernels on this GPU, beside every other project's that can be imported; cold starts; decode."""
+    try:
+        kernels_subject.run(out, chunked)
+    except ValueError as error:
+        console.print(f"[red]error: {escape(str(error))}[/]", soft_wrap=True)
+        raise typer.Exit(1) from error
 
 
 def _run(name: str, subject: ModuleType, draw: results.Draw, quick: bool, threads: int, out: Path) -> None:

@@ -1,23 +1,26 @@
-"""The Triton kernels on this GPU: `python -m benchmarks.kernels`. Runs only behind green checks; writes JSON.
+"""The Triton kernels on this GPU: `mamba3 bench kernels` in a checkout. Runs only behind green checks; JSON and a plot.
 
 Contestants take turns within each round, so that a clock that drifts drifts for all. Times are medians of CUDA events, with
-the quarter points; `roofline` is the floor of bytes over the copy rate measured in the same run, divided by the time.
+the quarter points; `roofline` is the larger of two floors, bytes over the copy rate and products over the matrix rate, both
+rates measured in the same run, divided by the time. `cold` is the first result on an empty cache of compiled kernels.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
+import os
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
+from benchmarks.plots import draw_kernels
+from benchmarks.rivals import rivals
 from mamba3 import ops
 from mamba3.nn.mixer import Mamba3
 from mamba3.ops.types import State
@@ -116,8 +119,45 @@ def forward_bytes(b: int, t: int, r: int) -> int:
     return b * t * token + b * HEADS * HEADDIM * STATE * 4
 
 
+def forward_flops(b: int, t: int, r: int) -> int:
+    """Scores, values, read-out and state of chunks of 64 rows: 4 products of 64 rows a token and rank."""
+    return b * t * r * HEADS * 2 * (64 * STATE + 64 * HEADDIM + 2 * HEADDIM * STATE)
+
+
+COLD = """
+import time, torch
+from benchmarks.kernels import inputs
+from mamba3 import ops
+times = []
+for t in (2048, 2049, 4096):
+    values = inputs(1, t, {rank}, torch.bfloat16)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    with torch.no_grad():
+        ops.scan(**values, impl="triton")
+    torch.cuda.synchronize()
+    times.append(time.perf_counter() - start)
+print(*times)
+"""
+
+
+def cold_starts() -> list[dict]:
+    """Seconds to the first result in a fresh process with an empty cache, and then at two lengths it has not seen."""
+    rows = []
+    for rank in FORWARD:
+        with tempfile.TemporaryDirectory() as cache:
+            code, env = COLD.format(rank=rank), os.environ | {"TRITON_CACHE_DIR": cache}
+            done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"The cold start failed: {done.stderr[-500:]}")
+        first, odd, longer = (float(v) for v in done.stdout.split()[-3:])
+        rows.append(dict(rank=rank, first_s=first, odd_length_s=odd, longer_s=longer))
+        say(f"cold start R={rank}: {first:.1f} s, then {odd:.2f} s at an odd length and {longer:.2f} s at a longer one")
+    return rows
+
+
 @torch.no_grad()
-def forward(rate: float, chunked: bool) -> list[dict]:
+def forward(top: dict[str, float], chunked: bool) -> list[dict]:
     """The fused forward at the sizes of the 1.5B layer."""
     rows = []
     for r, shapes in FORWARD.items():
@@ -127,19 +167,19 @@ def forward(rate: float, chunked: bool) -> list[dict]:
             contestants = {"triton": graphed(eager, 1), "triton, launched from Python": eager}
             if chunked and b * t <= 16384:
                 contestants["chunked"] = lambda v=values: ops.scan(**v, impl="chunked")
-            if r == 1 and t <= 16384:
-                q = torch.randn(b, 32, t, 64, device="cuda", dtype=torch.bfloat16)
-                attend = lambda q=q: F.scaled_dot_product_attention(q, q, q, is_causal=True)  # noqa: E731
-                contestants["sdpa 32 x 64"] = graphed(attend, 1)
+            others, left_out = rivals(r, b, t)
+            contestants |= others
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             eager()
             peak = torch.cuda.max_memory_allocated() - before
             times = interleaved(contestants)
-            share = forward_bytes(b, t, r) / rate / 1e9 / times["triton"]["ms"]
-            rows.append(dict(rank=r, batch=b, tokens=t, times=times, roofline=share, peak_GiB=peak / 2**30))
+            floors = forward_bytes(b, t, r) / top["copy_TBs"] / 1e9, forward_flops(b, t, r) / top["matmul_TFLOPs"] / 1e9
+            share = max(floors) / times["triton"]["ms"]
+            rows.append(dict(rank=r, batch=b, tokens=t, times=times, left_out=left_out, floor_bytes_ms=floors[0],
+                             floor_products_ms=floors[1], roofline=share, peak_GiB=peak / 2**30))  # fmt: skip
             say(f"forward R={r} ({b}, {t}): " + ", ".join(f"{k} {v['ms']:.3f} ms" for k, v in times.items())
-                + f"; {share:.0%} of the copy rate; peak {peak / 2**30:.2f} GiB")  # fmt: skip
+                + f"; {share:.0%} of the roofline; peak {peak / 2**30:.2f} GiB")  # fmt: skip
     return rows
 
 
@@ -185,36 +225,30 @@ def say(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, help="a JSON file; by default benchmarks/results/<date>-<device>-kernels.json"
-    )
-    parser.add_argument("--no-chunked", action="store_true", help="leave the PyTorch path out")
-    options = parser.parse_args()
+def run(folder: Path, chunked: bool = True) -> Path:
+    """All measurements, written to <date>-<device>-kernels.json and .png in `folder`.
+
+    Raises ValueError where there is no CUDA device or a check is red; then nothing is timed.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("the kernels' benchmark needs a CUDA device, and torch finds none here; run it on a GPU.")
     torch.manual_seed(0)
     device = torch.cuda.get_device_name()
     checked = checks()
-    for row in checked:
-        if not row["ok"]:
-            say(f"CHECK FAILED {row}")
-    if not all(row["ok"] for row in checked):
-        raise SystemExit("The checks are red; nothing is timed.")
+    red = [row for row in checked if not row["ok"]]
+    if red:
+        raise ValueError(f"{len(red)} checks are red, so nothing is timed; the first: {red[0]}")
     say(f"{len(checked)} checks green on {device}")
     top = ceilings()
     say(f"ceilings: {top}")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    peers = [name for name in ("mamba_ssm", "fla") if importlib.util.find_spec(name)]
-    result = dict(device=device, torch=torch.__version__, commit=commit, date=time.strftime("%Y-%m-%d"), peers=peers,
-                  checks=checked, ceilings=top)  # fmt: skip
-    result["forward"] = forward(top["copy_TBs"], not options.no_chunked)
+    result = dict(device=device, torch=torch.__version__, commit=commit, date=time.strftime("%Y-%m-%d"), checks=checked,
+                  ceilings=top, cold=cold_starts())  # fmt: skip
+    result["forward"] = forward(top, chunked)
     result["decode"] = decode(top["copy_TBs"])
-    name = f"{result['date']}-{device.replace(' ', '-')}-kernels.json"
-    out = options.out or Path(__file__).parent / "results" / name
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=1))
-    say(f"written to {out}")
-
-
-if __name__ == "__main__":
-    main()
+    out = folder / f"{result['date']}-{device.replace(' ', '-')}-kernels.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    draw_kernels(result["forward"], out.with_suffix(".png"))
+    say(f"written to {out.name} and {out.with_suffix('.png').name}")
+    return out

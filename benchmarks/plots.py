@@ -42,6 +42,27 @@ def draw_numerics(results: dict[str, Any], path: Path) -> None:
     _figure(panels, path)
 
 
+def draw_kernels(rows: list[dict[str, Any]], path: Path) -> None:
+    """Milliseconds of each contestant, with the quarter points of its rounds, and the floor: a panel a shape."""
+    panels: list[Panel] = []
+    for row in rows:
+        title = f"R = {row['rank']}, ({row['batch']}, {row['tokens']}), ms"
+        panels.append((title, lambda axes, row=row: _times(axes, row)))
+    _figure(panels, path)
+
+
+def _times(axes: Axes, row: dict[str, Any]) -> None:
+    names = list(row["times"])
+    middle = [row["times"][n]["ms"] for n in names]
+    spread = [[row["times"][n]["ms"] - row["times"][n]["low"] for n in names],
+              [row["times"][n]["high"] - row["times"][n]["ms"] for n in names]]  # fmt: skip
+    axes.barh(names, middle, xerr=spread)
+    axes.axvline(max(row["floor_bytes_ms"], row["floor_products_ms"]), color="black", linestyle=":", label="floor")
+    axes.set_xscale("log")
+    axes.invert_yaxis()
+    axes.legend()
+
+
 def _figure(panels: list[Panel], path: Path) -> None:
     columns = min(3, max(1, len(panels)))
     lines = max(1, -(-len(panels) // columns))

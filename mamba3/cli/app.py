@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from mamba3.cli.bench import bench
 from mamba3.cli.console import errors
 from mamba3.cli.convert import convert
 from mamba3.cli.demo import demo
@@ -42,6 +43,8 @@ app = typer.Typer(
 for command in (train, generate, info, convert, demo):
     app.command()(command)
 app.command("eval")(evaluate)
+# What follows `bench` is for the benchmarks' own command line, --help too.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

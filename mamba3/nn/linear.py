@@ -36,8 +36,14 @@ def one_row(u: Tensor, weight: Tensor) -> Tensor | None:
     With torch 2.13 on x86, F.linear reads a bfloat16 matrix at 17 GB/s for one row and mv at 26 (18 and 40 for a head of
     32,000); float32 is equal either way, float16 is three times slower in mv.
     """
-    single = u.numel() == weight.shape[1] and u.device.type == "cpu" and u.dtype == weight.dtype == torch.bfloat16
-    if not single or type(weight) is not nn.Parameter or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    suits = u.device.type == "cpu" and u.dtype == weight.dtype == torch.bfloat16
+    if (
+        not suits
+        or u.numel() != weight.shape[1]
+        or type(weight) is not nn.Parameter
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+    ):
         return None
     multiply = matrix_vector if torch.compiler.is_compiling() else torch.mv
     return multiply(weight, u.reshape(-1)).view(*u.shape[:-1], -1)

@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         wide = wide_dtype(x.dtype)
-        if x.device.type == "cpu" and x.numel() >= LARGE:
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() >= LARGE:
             size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
             y = x * (size.square() / x.shape[-1] + self.eps).rsqrt()
             y = y * self.weight.to(wide) if torch.is_grad_enabled() else y.mul_(self.weight.to(wide))

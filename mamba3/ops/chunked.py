@@ -193,11 +193,11 @@ def run(
     bias = _stacked_bias(inp, state.S.shape[1], chunks.length, outputs)
     S = entering_state(inp, state, chunks.first_token((1 - inp.lam) * inp.dt)).transpose(-1, -2).contiguous()
     S = S if chunks.order is None else S.index_select(0, chunks.order)
-    outs = repeat(None)
-    if outputs and not torch.is_grad_enabled():
+    whole, outs = None, repeat(None)
+    if outputs and not torch.is_grad_enabled() and not torch.compiler.is_exporting():  # which wants no sizes of a split
         shape = inp.x.shape[2:] if gate.z is not None else (inp.rank, *inp.x.shape[2:])
-        whole = inp.x.new_empty(sum(len(block.x) for block, _ in blocks), chunks.length, *shape)
-        outs = whole.split([len(block.x) for block, _ in blocks])
+        whole = inp.x.new_empty(sum(block.x.shape[0] for block, _ in blocks), chunks.length, *shape)
+        outs = whole.split([block.x.shape[0] for block, _ in blocks])
     ys, finished = [], []
     for (block, n), out in zip(blocks, outs, strict=False):
         if n < S.shape[0]:
@@ -217,7 +217,7 @@ def run(
     final = State(phi, S, last_rotated(inp, chunks, phi), chunks.last_token(inp.x), state.conv)
     if not outputs:
         return None, final
-    return chunks.put(ys if torch.is_grad_enabled() else [whole]), final
+    return chunks.put(ys if whole is None else [whole]), final
 
 
 def table(inp: Inputs, cu_seqlens: list[int] | None) -> Chunks:

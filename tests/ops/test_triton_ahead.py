@@ -25,6 +25,7 @@ FLOATS = {
     "S_final",
 }  # fmt: skip
 INTEGERS = {"chunks", "segments", "sequences", "sequence_segments", "phase", "turned"}
+TURN = {"fp32": "i32", "bf16": "i16"}
 NUMBERS = {"T", "x_row", "z_row", "row_size", "k_first", "c_first", "t_first", "Tw"}
 
 
@@ -36,7 +37,7 @@ def test_every_kernel_compiles(target):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     used = json.loads(done.stdout.splitlines()[-1])
-    assert len(used) == 28
+    assert len(used) == 32
     too_much = {name: shared for name, shared in used.items() if shared > TARGETS[target]}
     assert not too_much
 
@@ -52,6 +53,7 @@ def compile_all(name: str) -> dict[str, int]:
     from mamba3.ops.triton import (
         coefficients,
         decode,
+        decode_ranks,
         gradient_bc,
         gradient_dt,
         gradient_x,
@@ -59,6 +61,7 @@ def compile_all(name: str) -> dict[str, int]:
         output,
         segments,
         states,
+        turns,
     )
     from mamba3.ops.triton.backward import HEADS_A_PROGRAM, WARPS
     from mamba3.ops.triton.launch import Device, choose
@@ -80,42 +83,42 @@ def compile_all(name: str) -> dict[str, int]:
             elif argument in NUMBERS:
                 signature[argument], attributes[(i,)] = "i32", [["tt.divisibility", 16]]
             else:
-                kind = (
-                    "fp32"
-                    if argument in FLOATS and argument not in narrow
-                    else "i32"
-                    if argument in INTEGERS
-                    else dtype
-                )
+                wide = argument in FLOATS and argument not in narrow
+                kind = "fp32" if wide else "i32" if argument in INTEGERS else dtype
+                kind = TURN[dtype] if argument == "turn" else kind
                 signature[argument], attributes[(i,)] = "*" + kind, [["tt.divisibility", 16]]
         source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
         return triton.compile(source, target=target, options={"num_warps": warps}).metadata.shared
 
     used = {}
-    sizes = dict(H=64, G=1, P=64, PP=64, N=128, A=32, AP=32, UP=64)
-    for rank, torch_type, dtype, kind in (
-        (1, torch.bfloat16, tl.bfloat16, "bf16"), (4, torch.bfloat16, tl.bfloat16, "bf16"),
-        (1, torch.float32, tl.float32, "fp32"), (4, torch.float32, tl.float32, "fp32"),
+    sizes = dict(H=64, G=1, P=64, PP=64, N=128, A=32)
+    padded = dict(AP=32, UP=64)
+    for rank, torch_type, dtype, kind, copies in (
+        (1, torch.bfloat16, tl.bfloat16, "bf16", True), (1, torch.bfloat16, tl.bfloat16, "bf16", False),
+        (4, torch.bfloat16, tl.bfloat16, "bf16", False),
+        (1, torch.float32, tl.float32, "fp32", False), (4, torch.float32, tl.float32, "fp32", False),
     ):  # fmt: skip
-        exact, mimo, label = kind == "fp32", rank > 1, f"{kind} rank {rank}"
-        launch = choose(limits, torch_type, rank, bulk=True)
-        present = dict(HAS_BIAS_B=True, HAS_MIMO_X=mimo, EXACT=exact, HARDWARE=limits.nvidia and not exact)
-        matrix = sizes | present | dict(
-            R=rank, RP=rank, L=launch.tokens, BULK=launch.bulk, STAGES=launch.stages, DTYPE=dtype
+        exact, mimo, label = kind == "fp32", rank > 1, f"{kind} rank {rank}{' bulk' * copies}"
+        launch = choose(limits, torch_type, rank, bulk=copies)
+        L = launch.tokens
+        matrix = sizes | dict(
+            R=rank, RP=rank, W=32, NQ=128, L=L, BULK=launch.bulk, STAGES=launch.stages, DTYPE=dtype, EXACT=exact,
+            HARDWARE=limits.nvidia and not exact, HAS_BIAS_B=True, HAS_MIMO_X=mimo,
         )  # fmt: skip
         gate = dict(HAS_BIAS_C=True, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo, HAS_D=True, HAS_Z=True, HAS_S=True)
-        boxes = {"B": "32", "C": "32", "B_rest": "64", "C_rest": "64", "x": "64", "z": "64"} if launch.bulk else {}
-        boxes = {v: f"{kind}[{launch.tokens},{n}]" for v, n in boxes.items()}
+        boxes = {"B": f"{L * rank},32", "C": f"{L * rank},32", "x": f"{L},64", "z": f"{L},64"} if launch.bulk else {}
+        boxes = {v: f"{kind}[{box}]" for v, box in boxes.items()}
         if launch.bulk:
-            boxes["theta"] = f"fp32[{launch.tokens},32]"
+            boxes["turn"] = f"i16[{L},32]"
         used[f"output {label}"] = shared(output.output_kernel, matrix | gate, launch.num_warps, kind, boxes)
         used[f"summary {label}"] = shared(segments.summary_kernel, matrix, launch.num_warps, kind, boxes)
-        back = sizes | present | dict(
+        back = sizes | padded | dict(
+            HAS_BIAS_B=True, HAS_MIMO_X=mimo, EXACT=exact, HARDWARE=limits.nvidia and not exact,
             R=rank, RP=rank, L=max(16, (32 if exact else 64) // rank), DTYPE=dtype, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo,
             HAS_Z=True, HAS_BIAS_C=True, HAS_D=True, HAS_BIAS=True, HAS_START=True, HAS_END=True, SUMMARY=False,
             HEADS=HEADS_A_PROGRAM,
         )  # fmt: skip
-        if not exact:  # in float32 they take minutes to compile, and impl="auto" does not take them
+        if not exact and not copies:  # in float32 they take minutes to compile, and impl="auto" does not take them
             used[f"gradient_x {label}"] = shared(gradient_x.gradient_x_kernel, back, WARPS, kind, narrow=("S",))
             for reverse in (False, True):
                 flags = back | dict(REVERSE=reverse, SIDE_B=reverse)
@@ -123,11 +126,15 @@ def compile_all(name: str) -> dict[str, int]:
                 used[f"gradient_bc {reverse} {label}"] = shared(
                     gradient_bc.gradient_bc_kernel, flags, WARPS, kind, narrow=("S",)
                 )
-        step = sizes | dict(
-            R=rank, RP=rank, NP=128, A_FLOOR=1e-4, HEAVY_TAIL=True, LAM=-1.0, HAS_BIAS_B=True, HAS_BIAS_C=True,
-            HAS_MIMO=mimo, HAS_D=True,
+        step = sizes | padded | dict(
+            A_FLOOR=1e-4, HEAVY_TAIL=True, LAM=-1.0, HAS_BIAS_B=True, HAS_BIAS_C=True, HAS_D=True,
         )  # fmt: skip
-        used[f"decode {label}"] = shared(decode.decode_kernel, step, 2, kind)
+        if rank == 1:
+            used[f"decode {label}"] = shared(decode.decode_kernel, step | dict(NP=128), 2, kind)
+        else:
+            ranks = dict(R=rank, RP=rank, HALF=64, W=32, HAS_MIMO=True)
+            used[f"decode {label}"] = shared(decode_ranks.decode_ranks_kernel, step | ranks, 4, kind)
+    used["turns"] = shared(turns.turns_kernel, dict(H=64, A=32, AP=32, L=64, LB=8, HB=8, EXACT=False), 1)
     small = dict(H=64, A=32, AP=32, L=64, HB=16)
     used["coefficients"] = shared(coefficients.coefficients_kernel, small | dict(EXACT=True, BACKWARD=True), 4)
     used["phases"] = shared(coefficients.phases_kernel, dict(HA=2048, CB=64, BLOCK=32, HAS_PHI=True), 4)
@@ -136,7 +143,7 @@ def compile_all(name: str) -> dict[str, int]:
     used["reverse merge"] = shared(states.reverse_merge_kernel, dict(H=64, PN=64 * 128, BLOCK=1024, HAS_FINAL=True), 4)
     merge = dict(H=64, R=4, P=64, PB=16, N=128, NP=128, HAS_STATE=True, HAS_MIMO_X=True)
     used["merge"] = shared(segments.merge_kernel, merge, 4)
-    used["last token"] = shared(last_token.last_token_kernel, sizes | dict(R=4, HAS_BIAS_B=True), 1)
+    used["last token"] = shared(last_token.last_token_kernel, sizes | padded | dict(R=4, HAS_BIAS_B=True), 1)
     return used
 
 

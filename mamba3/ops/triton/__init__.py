@@ -1,11 +1,14 @@
 """The same stages as `chunked`, fused into Triton kernels; one family for SISO and MIMO, dense and packed.
 
-    coefficients   decays, weights and turned angle of each chunk; phases: their sum along each sequence
+    coefficients   decays and weights of each chunk
+    turns          the angle of each token in its chunk; coefficients' phases: the chunks' sums along each sequence
     segments       what each segment of a long sequence does to the state, and the state that enters it
     output         the fused pass: rotate, score, read out, skip, gate, pass the state on
     backward       from the inputs alone: states of each chunk in both directions of time, gradient_x, gradient_bc, gradient_dt
     last_token     B and x of a sequence's last token, for the state
-    decode         one token between the two projections of a layer, in one kernel
+    decode         one token between the two projections of a layer, in one kernel; decode_ranks for more than one rank
+
+`channels` and `tiles` hold what several of them load and rotate.
 
 Importing this package does not import triton; `why_not` says whether it can be used.
 """
@@ -19,9 +22,10 @@ import torch
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Where impl="auto" takes the kernels while gradients are recorded. In float32 the backward pass has no tensor cores and
-# takes more than a minute to compile at N 128; impl="triton" runs it.
-TRAINS = (torch.bfloat16, torch.float16)
+# Dtypes in which impl="auto" takes the kernels while gradients are recorded; impl="triton" runs the backward pass in all.
+# None yet: this version of the backward kernels has not been run on a device, where an assembler has miscompiled one before.
+# float32 has no tensor cores and takes more than a minute to compile at N 128.
+TRAINS: tuple[torch.dtype, ...] = ()
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,5 +1,5 @@
 # type: ignore  the arguments of a launch are constants of the kernel, which pyright takes for wrong types
-"""The forward pass: coefficients, phases, (segments' summaries, merge,) fused output, the state's last token."""
+"""The forward pass: coefficients, turns and phases, (segments' summaries, merge,) fused output, the last token."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mamba3.ops.gate import apply_gate
 from mamba3.ops.triton.coefficients import coefficients_kernel, phases_kernel
 from mamba3.ops.triton.last_token import last_token_kernel
-from mamba3.ops.triton.launch import Device, Launch, choose, device_limits, padded, segment_programs
+from mamba3.ops.triton.launch import Device, Launch, choose, device_limits, padded, piece, segment_programs
 from mamba3.ops.triton.output import output_kernel
 from mamba3.ops.triton.segments import merge_kernel, summary_kernel
 from mamba3.ops.triton.tables import Tables, tables
+from mamba3.ops.triton.turns import turns_kernel
 from mamba3.ops.types import Gate, Inputs, ScanOutput, State
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -36,6 +37,29 @@ class Sizes(NamedTuple):
     @property
     def RP(self) -> int:
         return triton.next_power_of_2(self.R)
+
+    @property
+    def W(self) -> int:
+        return piece(self.N, self.A)
+
+    @property
+    def NQ(self) -> int:
+        return self.W * (4 if 0 < 2 * self.A < self.N else 2)
+
+    def channels(self) -> dict[str, int]:
+        """Constants of the forward's matrix stages (`mamba3.ops.triton.channels`)."""
+        return dict(
+            H=self.H,
+            G=self.G,
+            R=self.R,
+            RP=self.RP,
+            P=self.P,
+            PP=padded(self.P),
+            N=self.N,
+            A=self.A,
+            W=self.W,
+            NQ=self.NQ,
+        )
 
     def matrix(self) -> dict[str, int]:
         """Constants of the kernels that multiply matrices."""
@@ -79,41 +103,63 @@ def _parameter(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.float().contiguous()
 
 
-def suits_bulk(inp: Inputs, gate: Gate, sizes: Sizes) -> bool:
-    """Whether the bulk copy engine can read the tiles: unpadded boxes, rows and bases at multiples of 16 bytes.
+def suits_bulk(inp: Inputs, gate: Gate, sizes: Sizes, boundaries: tuple[int, ...]) -> bool:
+    """Whether the bulk copy engine can read the tiles: boxes without padding, rows and bases at multiples of 16 bytes.
 
-    And whether there is enough to do: the host takes longer over descriptors than a short scan takes.
+    Boxes know no end of a sequence: all must end with a chunk, of 64 tokens at most. And there must be enough to do: the
+    host takes longer over descriptors than a short scan takes.
     """
-    if inp.x.shape[0] * inp.x.shape[1] * sizes.H < 2**18:
+    if inp.x.shape[0] * inp.x.shape[1] * sizes.H < 2**18 or any(n % 64 for n in boundaries):
         return False
-    tiles = (sizes.P, *(n for n in (sizes.A, sizes.N - 2 * sizes.A) if n))
     wide = [v for v in (inp.x, gate.z) if v is not None]
-    aligned = all(v.data_ptr() % 16 == 0 for v in (*wide, inp.B, inp.C, inp.theta))
-    return (
-        aligned and all(n == padded(n) for n in tiles) and all(rows(v)[1] % 8 == 0 for v in wide) and sizes.N % 8 == 0
-    )
+    tiles_of = (padded(sizes.P), sizes.NQ, sizes.W, sizes.RP)
+    unpadded = tiles_of == (sizes.P, sizes.N, sizes.A, sizes.R)
+    aligned = all(v.data_ptr() % 16 == 0 for v in (*wide, inp.B, inp.C)) and all(rows(v)[1] % 8 == 0 for v in wide)
+    return unpadded and aligned and sizes.N % 8 == 0
 
 
-def tiles(inp: Inputs, gate: Gate, sizes: Sizes, launch: Launch) -> dict[str, Tensor | TensorDescriptor | None]:
-    """x, z, theta, B and C as the matrix stages take them: pointers, or descriptors for the bulk copy engine."""
-    b, t = inp.x.shape[:2]
+def tiles(inp: Inputs, gate: Gate, sizes: Sizes, launch: Launch, turn: Tensor) -> dict[str, Tensor | TensorDescriptor]:
+    """x, z, B, C and turn as the matrix stages take them: pointers, or descriptors for the bulk copy engine."""
+    T = inp.x.shape[0] * inp.x.shape[1]
     (x, x_row), (z, z_row) = rows(inp.x), rows(gate.z) if gate.z is not None else (None, 0)
-    v = dict(x=x, z=z, theta=inp.theta.contiguous(), B=inp.B.contiguous(), C=inp.C.contiguous())
-    v |= dict(B_rest=v["B"], C_rest=v["C"], x_row=x_row, z_row=z_row)
+    v = dict(x=x, z=z, B=inp.B.contiguous(), C=inp.C.contiguous(), turn=turn)
     if launch.bulk:
-        T, width = b * t, sizes.G * sizes.N
+        L, width = launch.tokens, sizes.G * sizes.N
         for name in ("B", "C"):
-            whole = v[name].view(T * sizes.R, width)
-            for key, n in ((name, sizes.A), (name + "_rest", sizes.N - 2 * sizes.A)):
-                if n:
-                    v[key] = TensorDescriptor(whole, [T * sizes.R, width], [width, 1], [launch.tokens * sizes.RP, n])
-        if sizes.A:
-            v["theta"] = TensorDescriptor(v["theta"], [T, sizes.A], [sizes.A, 1], [launch.tokens, sizes.A])
-        if sizes.RP == 1:
-            for name, row in (("x", x_row), ("z", z_row)):
-                if v[name] is not None:
-                    v[name] = TensorDescriptor(v[name], [T, sizes.H * sizes.P], [row, 1], [launch.tokens, sizes.P])
-    return v
+            v[name] = TensorDescriptor(v[name], [T * sizes.R, width], [width, 1], [L * sizes.R, sizes.W])
+        v["turn"] = TensorDescriptor(turn, [sizes.H * T, sizes.A], [sizes.A, 1], [L, sizes.A])
+        for name, row in (("x", x_row), ("z", z_row)):
+            if v[name] is not None:
+                v[name] = TensorDescriptor(v[name], [T, sizes.H * sizes.P], [row, 1], [L, sizes.P])
+    return v | dict(x_row=x_row, z_row=z_row)
+
+
+class Angles(NamedTuple):
+    """turn [h, t, a] of each token in its chunk, phase [c, h, a] at the chunk's start, phi [s, h, a] in radians at the end."""
+
+    turn: Tensor
+    phase: Tensor
+    phi: Tensor
+
+
+def angles(inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | None) -> Angles:
+    """The angles of chunks of `chunk` tokens, from phi [s, h, a] before the first token."""
+    T, H, A, exact = inp.x.shape[0] * inp.x.shape[1], sizes.H, sizes.A, inp.x.dtype == torch.float32
+    chunks, sequences, device = table.chunks.shape[0], table.sequences.shape[0], inp.x.device
+    phi_out = torch.empty(sequences, H, A, device=device, dtype=torch.float32)
+    turn = torch.empty(H, T, A, device=device, dtype=torch.int32 if exact else torch.int16)
+    phase = torch.empty(chunks, H, A, device=device, dtype=torch.int32)
+    if A:
+        HB, BLOCK = min(8, triton.next_power_of_2(H)), 32
+        tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
+        turns_kernel[(chunks, triton.cdiv(H, HB))](
+            inp.theta.contiguous(), tick, table.chunks, turn, phase, T,
+            H=H, A=A, AP=triton.next_power_of_2(A), L=chunk, LB=8, HB=HB, EXACT=exact, num_warps=1,
+        )  # fmt: skip
+        phases_kernel[(sequences, triton.cdiv(H * A, BLOCK))](
+            phase, phi, table.sequences, phi_out, HA=H * A, CB=64, BLOCK=BLOCK, HAS_PHI=phi is not None, num_warps=4
+        )
+    return Angles(turn, phase, phi_out)
 
 
 def coefficients(
@@ -145,7 +191,14 @@ def coefficients(
 
 
 def entering_states(
-    inp: Inputs, v: dict, sizes: Sizes, table: Tables, c: Coefficients, state: State | None, options: dict
+    inp: Inputs,
+    v: dict,
+    sizes: Sizes,
+    table: Tables,
+    c: Coefficients,
+    phase: Tensor,
+    state: State | None,
+    options: dict,
 ) -> Tensor | None:
     """The state that enters each segment [k, h, p, n], or None where all are zero."""
     if state is None and not table.split:
@@ -156,10 +209,8 @@ def entering_states(
     total = torch.empty(count, H, device=inp.x.device, dtype=torch.float32)
     if table.split:
         summary_kernel[(H, count)](
-            v["x"], v["theta"], v["B"], v["B_rest"], _parameter(inp.B_bias), _parameter(inp.mimo_x),
-            c.decay, c.decay_low, c.source, c.source_low, c.tick, c.phase, table.segments, S, total,
-            inp.x.shape[0] * inp.x.shape[1], v["x_row"],
-            HAS_BIAS_B=inp.B_bias is not None, HAS_MIMO_X=inp.mimo_x is not None, **sizes.matrix(), **options,
+            v["x"], v["B"], _parameter(inp.B_bias), _parameter(inp.mimo_x), c.decay, c.decay_low, c.source, c.source_low,
+            v["turn"], phase, table.segments, S, total, inp.x.shape[0] * inp.x.shape[1], v["x_row"], **options,
         )  # fmt: skip
     given = State(*(_flat(v) for v in state)) if state is not None else State(S, S, S, S)
     PB = min(16, triton.next_power_of_2(P))
@@ -204,19 +255,20 @@ def scan(
     b, t, H, P = inp.x.shape
     limits = limits or device_limits(inp.x.device)
     sizes = Sizes(H, inp.B.shape[-2], inp.rank, P, inp.B.shape[-1], inp.theta.shape[-1])
-    launch = launch or choose(limits, inp.x.dtype, inp.rank, suits_bulk(inp, gate, sizes))
     boundaries = tuple(range(0, b * t + 1, t)) if cu_seqlens is None else tuple(cu_seqlens)
+    launch = launch or choose(limits, inp.x.dtype, inp.rank, suits_bulk(inp, gate, sizes, boundaries))
     table = tables(boundaries, launch.tokens, segment_programs(limits, H), inp.x.device)
-    hardware = limits.nvidia and inp.x.dtype != torch.float32
 
-    phi = None if state is None else state.phi.contiguous()
-    c, phi = coefficients(inp, sizes, table, launch.tokens, phi)
-    v = tiles(inp, gate, sizes, launch)
+    c, _ = coefficients(inp._replace(theta=inp.theta[..., :0]), sizes._replace(A=0), table, launch.tokens, None)
+    turn, phase, phi = angles(inp, sizes, table, launch.tokens, None if state is None else state.phi.contiguous())
+    v = tiles(inp, gate, sizes, launch, turn)
+    exact = inp.x.dtype == torch.float32
     options = dict(
-        L=launch.tokens, EXACT=inp.x.dtype == torch.float32, HARDWARE=hardware, BULK=launch.bulk, STAGES=launch.stages,
-        DTYPE=TRITON_TYPES[inp.x.dtype], num_warps=launch.num_warps,
+        L=launch.tokens, EXACT=exact, HARDWARE=limits.nvidia and not exact, BULK=launch.bulk, STAGES=launch.stages,
+        DTYPE=TRITON_TYPES[inp.x.dtype], HAS_BIAS_B=inp.B_bias is not None, HAS_MIMO_X=inp.mimo_x is not None,
+        num_warps=launch.num_warps, **sizes.channels(),
     )  # fmt: skip
-    S_in = entering_states(inp, v, sizes, table, c, state, options)
+    S_in = entering_states(inp, v, sizes, table, c, phase, state, options)
 
     fused = gate.z is not None and gate.norm == "none"
     shape = (b, t, H, P) if fused else (b, t, sizes.R, H, P)
@@ -224,13 +276,12 @@ def scan(
     y = torch.empty(shape, device=inp.x.device, dtype=inp.x.dtype if narrow else torch.float32)
     S = torch.empty(table.sequences.shape[0], H, P, sizes.N, device=inp.x.device, dtype=torch.float32)
     output_kernel[(H, table.segments.shape[0])](
-        v["x"], v["z"], v["theta"], v["B"], v["B_rest"], v["C"], v["C_rest"], _parameter(inp.B_bias),
-        _parameter(inp.C_bias), _parameter(inp.mimo_x), _parameter(gate.mimo_z), _parameter(gate.mimo_o),
-        _parameter(inp.D), c.decay, c.decay_low, c.source, c.source_low, c.gamma, c.tick, c.phase, S_in,
-        table.segments, y, S, b * t, v["x_row"], v["z_row"],
-        HAS_BIAS_B=inp.B_bias is not None, HAS_BIAS_C=inp.C_bias is not None, HAS_MIMO_X=inp.mimo_x is not None,
-        HAS_MIMO_Z=fused and gate.mimo_z is not None, HAS_MIMO_O=fused and gate.mimo_o is not None,
-        HAS_D=inp.D is not None, HAS_Z=fused, HAS_S=S_in is not None, **sizes.matrix(), **options,
+        v["x"], v["z"] if fused else None, v["B"], v["C"], _parameter(inp.B_bias), _parameter(inp.C_bias),
+        _parameter(inp.mimo_x), _parameter(gate.mimo_z), _parameter(gate.mimo_o), _parameter(inp.D),
+        c.decay, c.decay_low, c.source, c.source_low, c.gamma, v["turn"], phase, S_in, table.segments, y, S, b * t,
+        v["x_row"], v["z_row"], HAS_BIAS_C=inp.C_bias is not None, HAS_MIMO_Z=fused and gate.mimo_z is not None,
+        HAS_MIMO_O=fused and gate.mimo_o is not None, HAS_D=inp.D is not None, HAS_Z=fused, HAS_S=S_in is not None,
+        **options,
     )  # fmt: skip
     if gate.z is not None and not fused:
         y = apply_gate(y, gate).to(inp.x.dtype)

@@ -13,27 +13,24 @@ import triton
 import triton.language as tl
 
 from mamba3.ops.triton.angles import exp2
-from mamba3.ops.triton.tiles import (
-    halo_tile,
-    head_rows,
-    load_angles,
-    load_rows,
-    product,
+from mamba3.ops.triton.channels import (
+    head_channels,
+    of_tokens,
     put_state_tile,
-    rotated,
-    row_angles,
-    token_row,
+    rank_weights,
+    rotated_rows,
+    rotation,
 )
+from mamba3.ops.triton.tiles import halo_tile, product
 
 
 @triton.jit
 def summary_kernel(
-    x, theta, B, B_rest, B_bias, mimo_x, decay, decay_low, source, source_low, tick, phase, segments, S, total, T, x_row,
+    x, B, B_bias, mimo_x, decay, decay_low, source, source_low, turn, phase, segments, S, total, T, x_row,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
-    N: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, UP: tl.constexpr, L: tl.constexpr,
+    N: tl.constexpr, A: tl.constexpr, W: tl.constexpr, NQ: tl.constexpr, L: tl.constexpr,
     HAS_BIAS_B: tl.constexpr, HAS_MIMO_X: tl.constexpr, EXACT: tl.constexpr, HARDWARE: tl.constexpr,
-    BULK: tl.constexpr, STAGES: tl.constexpr,
-    DTYPE: tl.constexpr,
+    BULK: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One program a (head, segment): S [k, h, p, n] from the zero state, total [k, h]. A sequence's last one is skipped."""
     i_h, i_k = tl.program_id(0), tl.program_id(1)
@@ -41,48 +38,36 @@ def summary_kernel(
     first_chunk = tl.load(segments + i_k * 5 + 2)
     stop = tl.where(tl.load(segments + i_k * 5 + 4) >= 0, begin, end)
     i_g = i_h // (H // G)
-    U: tl.constexpr = N - 2 * A
-    o_p, o_a, o_u = tl.arange(0, PP), tl.arange(0, AP), tl.arange(0, UP)
-
-    b_S1 = tl.zeros((PP, AP), tl.float32)
-    b_S2 = tl.zeros((PP, AP), tl.float32)
-    b_S3 = tl.zeros((PP, UP), tl.float32)
+    b_S = tl.zeros((PP, NQ), tl.float32)
     b_sum = 0.0
     for i in tl.range(0, tl.cdiv(stop - begin, L), num_stages=STAGES):
         i_t, i_c = begin + i * L, first_chunk + i
         if A > 0:
-            b_theta, b_tick, b_phase = load_angles(theta, tick, phase, i_h, i_t, end, i_c, T, H, A, AP, L, BULK)
-        b_B1, b_B2, b_B3 = load_rows(B, B_rest, i_g, i_t, end, G, N, A, AP, UP, L, R, RP, BULK)
-        b_x = head_rows(x, mimo_x, i_h, i_t, end, x_row, P, PP, L, R, RP, HAS_MIMO_X, BULK and RP == 1)
+            b_cos, b_sin = rotation(turn, phase, i_h, i_t, end, i_c, T, H, A, W, L, HARDWARE, BULK)
+        else:
+            b_cos = tl.zeros((L, 1, W), tl.float32)
+            b_sin = b_cos
+        b_B = rotated_rows(
+            B, B_bias, b_cos, b_sin, i_h, i_g, i_t, end, G, N, A, W, NQ, L, R, RP, HAS_BIAS_B, BULK, DTYPE
+        )
         p_last = i_h.to(tl.int64) * T + tl.minimum(i_t + L, end) - 1
         b_total = tl.load(decay + p_last)
-        b_out = b_total - token_row(source, i_h, i_t, end, T, L, RP)
+        b_out = b_total - of_tokens(source, i_h, i_t, end, T, L, 1, BULK)
         if EXACT:
-            b_out += tl.load(decay_low + p_last) - token_row(source_low, i_h, i_t, end, T, L, RP)
-        if A > 0:
-            b_cos, b_sin = row_angles(b_theta, b_tick, b_phase, end - i_t, AP, L, RP, EXACT, HARDWARE)
+            b_out += tl.load(decay_low + p_last) - of_tokens(source_low, i_h, i_t, end, T, L, 1, BULK)
+        if HAS_MIMO_X:
+            b_mimo = rank_weights(mimo_x, i_h, P, PP, R, RP)
+            b_x = head_channels(x, i_h, i_t, end, x_row, P, PP, L, BULK).to(tl.float32) * b_mimo
         else:
-            b_cos = tl.zeros((L * RP, AP), tl.float32)
-            b_sin = b_cos
-        b_B1, b_B2, b_B3 = rotated(
-            b_B1, b_B2, b_B3, B_bias, b_cos, b_sin, i_h, N, A, AP, UP, L, R, RP, HAS_BIAS_B, DTYPE
-        )
-        b_x = tl.trans((b_x * exp2(b_out, HARDWARE)[:, None]).to(DTYPE))
-        b_keep = exp2(b_total, HARDWARE)
-        if A > 0:
-            b_S1 = product(b_x, b_B1, b_S1 * b_keep)
-            b_S2 = product(b_x, b_B2, b_S2 * b_keep)
-        if U > 0:
-            b_S3 = product(b_x, b_B3, b_S3 * b_keep)
+            b_x = head_channels(x, i_h, i_t, end, x_row, P, PP, L, BULK)
+            if RP > 1:
+                b_x = tl.where(tl.arange(0, RP)[None, :, None] < R, b_x, 0.0)
+        b_x = tl.reshape((b_x * exp2(b_out, HARDWARE)[:, None, None]).to(DTYPE), (L * RP, PP))
+        b_S = product(tl.trans(b_x), b_B, b_S * exp2(b_total, HARDWARE))
         b_sum += b_total
 
     if stop > begin:
-        p_S = S + (i_k.to(tl.int64) * H + i_h) * (P * N)
-        if A > 0:
-            put_state_tile(p_S, b_S1, o_p, o_a, o_a < A, P, N)
-            put_state_tile(p_S, b_S2, o_p, A + o_a, o_a < A, P, N)
-        if U > 0:
-            put_state_tile(p_S, b_S3, o_p, 2 * A + o_u, o_u < U, P, N)
+        put_state_tile(S + (i_k.to(tl.int64) * H + i_h) * (P * N), b_S, P, PP, N, A, W, NQ)
         tl.store(total + i_k * H + i_h, b_sum)
 
 

@@ -1,0 +1,71 @@
+# type: ignore  the bodies of kernels are Triton, which only looks like Python
+"""What the decode kernels share: a token's activations, its angle, and the state's narrow dtypes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mamba3.ops.triton.angles import LOG2_E, TURNS_PER_RADIAN, cos_sin
+
+EPS, PI = tl.constexpr(1e-5), tl.constexpr(3.141592653589793)
+
+
+@triton.jit
+def softplus(v):
+    return tl.where(v > 20.0, v, tl.log2(1.0 + tl.exp2(tl.minimum(v, 20.0) * LOG2_E)) / LOG2_E)
+
+
+@triton.jit
+def sigmoid(v):
+    return 1.0 / (1.0 + tl.exp2(-v * LOG2_E))
+
+
+@triton.jit
+def tanh(v):
+    return 1.0 - 2.0 / (1.0 + tl.exp2(2.0 * v * LOG2_E))
+
+
+@triton.jit
+def activations(
+    p_dt, dt_bias, i_h, H: tl.constexpr, A_FLOOR: tl.constexpr, HEAVY_TAIL: tl.constexpr, LAM: tl.constexpr
+):
+    """alpha, beta, gamma and dt of a head from the raw dt, A, lam at p_dt [3 or 2, h]. LAM: a fixed lam, or -1."""
+    dt = softplus(tl.load(p_dt + i_h).to(tl.float32) + tl.load(dt_bias + i_h))
+    raw = tl.load(p_dt + H + i_h).to(tl.float32)
+    if HEAVY_TAIL:  # noqa: SIM108, the compiler drops the other branch
+        rate = tl.maximum(raw, 0.0) + 1.0 / (1.0 - tl.minimum(raw, 0.0))
+    else:
+        rate = softplus(raw)
+    alpha = tl.exp2(-tl.maximum(rate, A_FLOOR) * dt * LOG2_E)
+    lam = LAM
+    if LAM < 0:
+        lam = sigmoid(tl.load(p_dt + 2 * H + i_h).to(tl.float32))
+    return alpha, (1.0 - lam) * dt * alpha, lam * dt, dt
+
+
+@triton.jit
+def moved_angle(p_phi, p_theta, dt, m_a):
+    """phi + pi tanh(theta) dt in [-pi, pi], its cosine and sine.
+
+    Where no turn comes off nothing is rounded but the sum: a unit of phi that changed with every step would carry an error
+    of its conversion through all of them.
+    """
+    b_phi = tl.load(p_phi, mask=m_a, other=0.0)
+    b_phi += PI * tanh(tl.load(p_theta, mask=m_a, other=0.0).to(tl.float32)) * dt
+    b_turns = tl.floor(b_phi * TURNS_PER_RADIAN + 0.5)
+    b_phi = (b_phi - b_turns * 6.28125) - b_turns * 0.0019353071795864769  # 2 pi in two terms, the first exact
+    b_cos, b_sin = cos_sin(b_phi * TURNS_PER_RADIAN, False)
+    return b_phi, b_cos, b_sin
+
+
+@triton.jit
+def narrow(b_S, dtype: tl.constexpr):
+    """float32 to the dtype of the state; bfloat16 by stochastic rounding."""
+    if dtype == tl.bfloat16:
+        bits = b_S.to(tl.uint32, bitcast=True)
+        noise = (bits ^ (bits >> 15)) * 0x2C1B3C6D
+        noise = (noise ^ (noise >> 12)) * 0x297A2D39
+        return ((bits + (noise >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    else:
+        return b_S.to(dtype)
