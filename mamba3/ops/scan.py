@@ -10,7 +10,7 @@ from torch import Tensor
 from mamba3.ops import chunked, reference
 from mamba3.ops import step as one_step
 from mamba3.ops import triton as kernels
-from mamba3.ops.types import Gate, Inputs, ScanOutput, State
+from mamba3.ops.types import Gate, Inputs, ScanOutput, State, transformed
 from mamba3.ops.validation import check, check_inputs, fits, zero_state
 
 Implementation = Literal["auto", "reference", "chunked", "triton"]
@@ -131,6 +131,8 @@ def _why_not_triton(inp: Inputs, gate: Gate, state: State | None) -> str | None:
     tensors = (v for v in (*inp, *gate, *(state or ())) if isinstance(v, Tensor))
     if torch.is_grad_enabled() and any(v.requires_grad for v in tensors):
         return "a gradient is recorded, and the kernels have no backward yet"
+    if transformed(inp.x):
+        return "the inputs are inside a torch.func transform, which the kernels cannot address"
     return kernels.why_not(inp.x.device, inp.x.dtype)
 
 
