@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "lm": {"ops", "nn", "lm"},
     "convert": {"ops", "nn", "lm", "convert"},
     "train": {"ops", "nn", "lm", "train"},
-    "cli": {"ops", "nn", "lm", "convert", "train", "cli"},
+    "tasks": {"ops", "nn", "lm", "tasks"},
+    "cli": {"ops", "nn", "lm", "convert", "train", "tasks", "cli"},
 }
 
 

@@ -14,6 +14,7 @@ from mamba3.cli.demo import demo
 from mamba3.cli.generate import generate
 from mamba3.cli.info import info
 from mamba3.cli.interrupt import INTERRUPTED
+from mamba3.cli.task import task_app
 from mamba3.cli.train import train
 
 
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 for command in (train, generate, info, convert, demo):
     app.command()(command)
+app.add_typer(task_app, name="task")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
