@@ -77,7 +77,7 @@ def run_cell(cell: Cell, options: argparse.Namespace, settings: Settings, device
     runs = [best] + (again["runs"] if again else [])
     names = list(best["scaled"])
     return {
-        "best": {name: max(run["scaled"][name] for run in sweep["runs"]) for name in names},
+        "best": best["scaled"],
         "best_rate": best["rate"],
         "seeds": {name: [run["scaled"][name] for run in runs] for name in names},
         "median": {name: statistics.median(run["scaled"][name] for run in runs) for name in names},
@@ -117,28 +117,28 @@ def draw(cells: dict[Cell, dict], out: Path, quick: bool) -> None:
     from matplotlib.figure import Figure
 
     tasks = [task for task in TASKS if any(cell.task == task for cell in cells)]
-    figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
+    figure = Figure(figsize=(4 * len(tasks) + 2, 4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for i, kind in enumerate(KINDS):
-            for cell, result in cells.items():
-                if (cell.task, cell.kind) != (task, kind) or "failed" in result:
-                    continue
-                exact = {int(k.split("-")[1]): v for k, v in result["best"].items() if len(set(k.split("-"))) == 1}
-                style = "-" if cell.d_model >= 64 else "--"
-                axes.plot(
-                    list(exact),
-                    list(exact.values()),
-                    style,
-                    marker=".",
-                    color=f"C{i}",
-                    label=cell.name[len(task) + 1 :],
-                )
-            if kind in PAPER and any(c.task == task and c.kind == kind for c in cells):
-                axes.plot([256], [PAPER[kind][TASKS.index(task)]], "o", mfc="none", color=f"C{i}", ms=9)
+        lengths = {256}
+        for cell, result in cells.items():
+            if cell.task != task or "failed" in result:
+                continue
+            exact = {int(k.split("-")[1]): v for k, v in result["best"].items() if len(set(k.split("-"))) == 1}
+            style, colour = "-" if cell.d_model >= 64 else "--", f"C{list(KINDS).index(cell.kind)}"
+            axes.plot(
+                list(exact), list(exact.values()), style, marker=".", color=colour, label=f"{cell.kind} {cell.d_model}"
+            )
+            lengths |= exact.keys()
+            if cell.kind in PAPER:
+                axes.plot([256], [PAPER[cell.kind][TASKS.index(task)]], "o", mfc="none", color=colour, ms=9)
         axes.set(title=task, xlabel="tokens", ylabel="scaled accuracy, %", xscale="log")
+        axes.set_xticks(sorted(lengths), [f"{length:,}" for length in sorted(lengths)])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=7)
+    handles = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     if quick:
         figure.suptitle("smoke run: these figures mean nothing")
     figure.savefig(out / "table5b.png", dpi=130)
