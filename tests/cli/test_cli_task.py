@@ -1,6 +1,8 @@
 """Laws of `mamba3 task`: it trains, goes on, shows, and says what was wrong."""
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +36,13 @@ def test_fit_then_show(capsys, tmp_path):
 def test_mistakes_are_one_red_line(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in failure(capsys, "task", *arguments)
+
+
+def test_the_readme_shows_the_shipped_model(capsys):
+    """The README's command as printed: every running parity right, half a turn on a one and none on a zero."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (command,) = re.findall(r"^mamba3 (task show .*)$", readme, re.M)
+    code, out, _ = run(capsys, *shlex.split(command, comments=True))
+    assert code == 0 and "13 of 13 running parities right" in out
+    on_zero, on_one = (int(v) for v in re.search(r"turns by ([+-]\d+)° on a 0 and ([+-]\d+)° on a 1", out).groups())
+    assert abs(on_zero) < 10 and abs(on_one) > 170

@@ -7,7 +7,7 @@ import torch
 from mamba3.lm import Mamba3LM
 from mamba3.tasks import Parity
 from mamba3.tasks.models import model_config
-from mamba3.tasks.phase import trace, turning_pair
+from mamba3.tasks.phase import shipped_parity, trace, turning_pair
 
 BITS = "0110100110010110100101100110100100101101"
 
@@ -52,3 +52,12 @@ def test_without_rotation_there_is_no_turning_pair():
     assert turning_pair(trace(untrained(rotation="none"), tokens), tokens == 2) is None
     ones = Parity().encode("111")
     assert turning_pair(trace(untrained(), ones), ones == 2) is None
+
+
+def test_the_shipped_model_is_right_on_fresh_bits():
+    """Sequences of exactly 160 tokens, the longest it was trained on: no error in 300."""
+    batch = Parity().sample(300, 160, 160, torch.Generator().manual_seed(11))
+    with torch.no_grad():
+        logits = shipped_parity()(batch.inputs)
+    answers = logits[..., :3].argmax(-1).gather(1, batch.positions)
+    assert answers.equal(batch.answers)
