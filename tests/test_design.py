@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "export": {"ops", "nn", "lm", "export"},
     "train": {"ops", "nn", "lm", "train"},
     "evaluate": {"ops", "nn", "lm", "evaluate"},
-    "cli": {"ops", "nn", "lm", "convert", "train", "evaluate", "cli"},
+    "tasks": {"ops", "nn", "lm", "tasks"},
+    "cli": {"ops", "nn", "lm", "convert", "train", "evaluate", "tasks", "cli"},
 }
 
 

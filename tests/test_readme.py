@@ -70,7 +70,7 @@ def test_examples_run_as_printed(code, tmp_path, monkeypatch):
 
 
 def test_what_the_readme_points_to_exists():
-    for name in re.findall(r"\]\((docs/[\w.]+|benchmarks/[\w./-]+)\)", README):
+    for name in re.findall(r"\]\((docs/[\w./-]+|benchmarks/[\w./-]+)\)", README):
         assert (Path(__file__).parents[1] / name).exists(), name
 
 

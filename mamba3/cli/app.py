@@ -16,6 +16,7 @@ from mamba3.cli.eval import evaluate
 from mamba3.cli.generate import generate
 from mamba3.cli.info import info
 from mamba3.cli.interrupt import INTERRUPTED
+from mamba3.cli.task import task_app
 from mamba3.cli.train import train
 
 
@@ -45,6 +46,7 @@ for command in (train, generate, info, convert, demo):
 app.command("eval")(evaluate)
 # What follows `bench` is for the benchmarks' own command line, --help too.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(bench)
+app.add_typer(task_app, name="task")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mamba3.ops import packed
-from mamba3.ops.decay import Between, Decays, decays
+from mamba3.ops.decay import Decays, between, decays
 from mamba3.ops.discretize import discretize
 from mamba3.ops.gate import apply_gate
 from mamba3.ops.packed import Chunks
 from mamba3.ops.ranks import per_head, per_rank
 from mamba3.ops.rotate import BiasedRotation, phase_dtype, rotate_pairs, wrap
-from mamba3.ops.types import Gate, Inputs, ScanOutput, State, without_autocast
+from mamba3.ops.types import Gate, Inputs, ScanOutput, State, transformed, without_autocast
 
 # Rows of one chunk (tokens times ranks): longer ones cost matrix work in their square, shorter ones pass on more states;
 # 32, 48 and 64 are within 3 % of one another on a CPU.
@@ -112,7 +112,7 @@ def _work(
 
     rows = C[0].transpose(-1, -2)
     scores = (rows @ B).unflatten(3, by_token).unflatten(2, by_token)
-    weights = Between.apply(decay.sums, decay.w, decay.gamma)[:, :, :, None, :, None]
+    weights = between(decay.sums, decay.w, decay.gamma)[:, :, :, None, :, None]
     fresh = dtype == wide and not torch.is_grad_enabled()
     scores = scores.mul_(weights) if fresh else (scores * weights).to(dtype)
     scores = scores.flatten(4, 5).flatten(2, 3)
@@ -198,13 +198,14 @@ def run(
         shape = inp.x.shape[2:] if gate.z is not None else (inp.rank, *inp.x.shape[2:])
         whole = inp.x.new_empty(sum(block.x.shape[0] for block, _ in blocks), chunks.length, *shape)
         outs = whole.split([block.x.shape[0] for block, _ in blocks])
+    recompute = recompute and torch.is_grad_enabled() and not transformed(inp.x)
     ys, finished = [], []
     for (block, n), out in zip(blocks, outs, strict=False):
         if n < S.shape[0]:
             finished.append(S[n:])
             S = S[:n]
         arguments = (block, inp, gate, bias, S, block.x.shape[0] // n)
-        if recompute and torch.is_grad_enabled():
+        if recompute:
             y, S = checkpoint(_work, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             y, S = _work(*arguments, out)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from mamba3.ops.rotate import phase_dtype
+from mamba3.ops.rotate import leading, phase_dtype
 
 
 class Decays(NamedTuple):
@@ -41,25 +41,42 @@ def _before(sums: Tensor, dtype: torch.dtype) -> Tensor:
     return (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(dtype).tril_(-1).exp_()
 
 
+def between(sums: Tensor, w: Tensor, gamma: Tensor) -> Tensor:
+    """[k, h, l, s]: decay(s -> l) w_s for s < l, gamma on the diagonal, zero above."""
+    if torch.is_grad_enabled():
+        return Between.apply(sums, w, gamma)[0]
+    return _weighted(_before(sums, w.dtype).mul_(w.unsqueeze(-2)), gamma)
+
+
+def _weighted(factors: Tensor, gamma: Tensor) -> Tensor:
+    factors.tril_(-1)
+    if torch.compiler.is_exporting():  # torch.export (2.13) does not know how to write into a diagonal
+        return factors + torch.diag_embed(gamma)
+    factors.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return factors
+
+
 class Between(Function):
-    """[k, h, l, s]: decay(s -> l) w_s for s < l, gamma on the diagonal, zero above. Its gradient is two sums of a product."""
+    """(`between`, its factors without w, which are kept for the gradient: two sums of a product)."""
 
     @staticmethod
-    def forward(ctx, sums: Tensor, w: Tensor, gamma: Tensor) -> Tensor:
+    def forward(sums: Tensor, w: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         factors = _before(sums, w.dtype)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(sums, w, factors)
-            factors = factors * w.unsqueeze(-2)
-        else:
-            factors.mul_(w.unsqueeze(-2))
-        factors.tril_(-1)
-        if torch.compiler.is_exporting():  # torch.export (2.13) does not know how to write into a diagonal
-            return factors + torch.diag_embed(gamma)
-        factors.diagonal(dim1=-2, dim2=-1).add_(gamma)
-        return factors
+        return _weighted(factors * w.unsqueeze(-2), gamma), factors
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:2], output[1])
+
+    @staticmethod
+    def vmap(info, in_dims: tuple, *inputs: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        """torch.vmap: every formula here counts axes from the last, so that one more axis may lead."""
+        stacked = [leading(v, dim, info.batch_size) for v, dim in zip(inputs, in_dims, strict=True)]
+        return Between.apply(*stacked), (0, 0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
         sums, w, factors = ctx.saved_tensors
         if torch.is_grad_enabled():  # a graph of the gradient is wanted: the saved factors have none
             factors = _before(sums, w.dtype)

@@ -47,6 +47,11 @@ def phase_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def leading(v: Tensor, dim: int | None, size: int = 1) -> Tensor:
+    """v with the axis that torch.vmap maps over in front; where it has none, one of `size`."""
+    return v.expand(size, *v.shape) if dim is None else v.movedim(dim, 0)
+
+
 class BiasedRotation(Function):
     """v + bias [q, k, h, n, m] turned by angle [k, h, a, m], from v (broadcast over h) and bias [q, 1, h, n, 1 or m].
 
@@ -55,12 +60,22 @@ class BiasedRotation(Function):
     """
 
     @staticmethod
-    def forward(ctx, v: Tensor, bias: Tensor | None, angle: Tensor) -> Tensor:
+    def forward(v: Tensor, bias: Tensor | None, angle: Tensor) -> Tensor:
         rows = v.clone(memory_format=torch.contiguous_format) if bias is None else v + bias
-        rows = rotate_rows_(rows.contiguous(), angle.cos(), angle.sin())
-        ctx.save_for_backward(rows, angle)
+        return rotate_rows_(rows.contiguous(), angle.cos(), angle.sin())
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, bias, angle = inputs
+        ctx.save_for_backward(output, angle)
         ctx.bias_shape = None if bias is None else bias.shape
-        return rows
+
+    @staticmethod
+    def vmap(info, in_dims: tuple, v: Tensor, bias: Tensor | None, angle: Tensor) -> tuple[Tensor, int]:
+        """torch.vmap: every formula here counts axes from the last, so that one more axis may lead."""
+        v, bias = leading(v, in_dims[0], info.batch_size), None if bias is None else leading(bias, in_dims[1])
+        angle = leading(angle, in_dims[2])
+        return BiasedRotation.apply(v, bias, angle.reshape(angle.shape[0], 1, *angle.shape[1:])), 0
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -10,7 +10,7 @@ from torch import Tensor
 from mamba3.ops import chunked, reference
 from mamba3.ops import step as one_step
 from mamba3.ops import triton as kernels
-from mamba3.ops.types import Gate, Inputs, ScanOutput, State
+from mamba3.ops.types import Gate, Inputs, ScanOutput, State, transformed
 from mamba3.ops.validation import check, check_inputs, fits, zero_state
 
 Implementation = Literal["auto", "reference", "chunked", "triton"]
@@ -111,7 +111,7 @@ def run_scan(
     if impl not in ("auto", "triton", *IMPLEMENTATIONS):
         raise ValueError(f"impl must be auto, triton, {' or '.join(IMPLEMENTATIONS)}; it is {impl!r}.")
     inp, gate, state, boundaries, sizes = check(inp, gate, state, cu_seqlens)
-    reason = kernels.why_not(inp.x.device, inp.x.dtype)
+    reason = _why_not_triton(inp)
     if impl == "triton" and reason:
         raise ValueError(f"impl='triton' cannot run here: {reason}. Use impl='auto' or 'chunked'.")
     if impl == "triton" or (impl == "auto" and reason is None and _takes_triton(inp, gate, state)):
@@ -125,9 +125,15 @@ def run_scan(
 def run_state(inp: Inputs, state: State | None = None) -> State:
     """The state after a batch of sequences, where y is not wanted: `run_scan` without its readout."""
     inp, gate, state, _, sizes = check(inp, Gate(), state, None)
-    if kernels.why_not(inp.x.device, inp.x.dtype) is None and _takes_triton(inp, gate, state):
+    if _why_not_triton(inp) is None and _takes_triton(inp, gate, state):
         return run_scan(inp, gate, state).state
     return chunked.final_state(inp, state or zero_state(inp, sizes))
+
+
+def _why_not_triton(inp: Inputs) -> str | None:
+    if transformed(inp.x):
+        return "the inputs are inside a torch.func transform, which the kernels cannot address"
+    return kernels.why_not(inp.x.device, inp.x.dtype)
 
 
 def _takes_triton(inp: Inputs, gate: Gate, state: State | None) -> bool:

@@ -30,6 +30,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device_type=device.type, enabled=False)
 
 
+def transformed(v: Tensor) -> bool:
+    """Whether v is inside torch.vmap or another torch.func transform: it stands for a batch of tensors, which neither a
+    checkpoint can store nor a kernel address. (PyTorch has no public name for the question.)"""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(v)
+
+
 class State(NamedTuple):
     """The whole memory of one layer after any number of tokens.
 

@@ -236,3 +236,23 @@ def test_a_state_keeps_nothing_else_alive(name):
         _, state = mixer.prefill(torch.randn(1, 500, 16, dtype=torch.float64))
     held = sum(v.untyped_storage().nbytes() for v in state if v is not None)
     assert held == state.nbytes
+
+
+@pytest.mark.parametrize("setting", [{}, {"mimo_rank": 2}, {"rotation": "standard"}, {"B_bias": None, "C_bias": None}])
+def test_vmap_over_stacked_parameters_is_separate_layers(setting):
+    """torch.vmap maps the layer over a stack of parameters: outputs and gradients are those of each layer alone."""
+    layers = [Mamba3(8, 8, headdim=4, **setting, dtype=torch.float64) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    u = torch.randn(2, 70, 8, dtype=torch.float64)
+
+    def apply(own, constants):
+        return torch.func.functional_call(layers[0], (own, constants), (u,))
+
+    y = torch.vmap(apply)(parameters, buffers)
+    gradients = torch.autograd.grad(y.square().sum(), list(parameters.values()))
+    for i, layer in enumerate(layers):
+        alone = layer(u)
+        expected = torch.autograd.grad(alone.square().sum(), list(layer.parameters()))
+        torch.testing.assert_close(y[i], alone, rtol=1e-10, atol=1e-12)
+        for ours, theirs in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(ours[i], theirs, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,63 @@
+"""Laws of looking inside: the trace is the model's own prefill, and the turning pair is found where it was put."""
+
+import math
+
+import torch
+
+from mamba3.lm import Mamba3LM
+from mamba3.tasks import Parity
+from mamba3.tasks.models import model_config
+from mamba3.tasks.phase import shipped_parity, trace, turning_pair
+
+BITS = "0110100110010110100101100110100100101101"
+
+
+def untrained(**fields):
+    torch.manual_seed(0)
+    model = Mamba3LM(model_config("parity", 3, "mamba3", d_model=16, d_state=8, headdim=16, **fields)).eval()
+    with torch.no_grad():
+        model.embedding.weight.normal_()
+    return model
+
+
+def test_trace_is_prefill():
+    model, tokens = untrained(), Parity().encode(BITS)
+    seen = trace(model, tokens)
+    logits, state = model.prefill(tokens[None])
+    torch.testing.assert_close(seen.probabilities, logits[0, :, :3].softmax(-1).detach(), rtol=1e-4, atol=1e-5)
+    turned = (seen.phases[0][-1] - state.layers[0].phi[0].detach()).cos()  # equal but for whole turns
+    torch.testing.assert_close(turned, torch.ones_like(turned), rtol=0, atol=1e-5)
+
+
+def test_the_turning_pair_is_the_one_that_was_made():
+    """A layer whose pair 1 is written by hand: half a turn on a one, none on a zero."""
+    model, tokens = untrained(), Parity().encode(BITS)
+    block = model.layers[0]
+    with torch.no_grad():
+        model.embedding.weight.copy_(torch.zeros(8, 16))
+        model.embedding.weight[1, 0], model.embedding.weight[2, 1] = 1.0, 1.0
+        splits = block.mixer.splits
+        weight = block.mixer.in_proj.weight.zero_()
+        dt, theta = sum(splits[:4]), sum(splits[:7])
+        weight[dt : dt + splits.dt, :2] = 0.0
+        block.mixer.dt_bias.fill_(math.log(math.e - 1))  # dt = 1
+        weight[theta + 1, 1] = 20.0  # tanh saturates: theta = pi on a one
+    pair = turning_pair(trace(model, tokens), tokens == 2)
+    assert pair is not None and (pair.layer, pair.pair) == (0, 1) and pair.score > 0.999
+    assert abs(pair.on_zero) < 1e-3 and abs(abs(pair.on_one) - math.pi) < 1e-3
+
+
+def test_without_rotation_there_is_no_turning_pair():
+    tokens = Parity().encode(BITS)
+    assert turning_pair(trace(untrained(rotation="none"), tokens), tokens == 2) is None
+    ones = Parity().encode("111")
+    assert turning_pair(trace(untrained(), ones), ones == 2) is None
+
+
+def test_the_shipped_model_is_right_on_fresh_bits():
+    """Sequences of exactly 160 tokens, the longest it was trained on: no error in 300."""
+    batch = Parity().sample(300, 160, 160, torch.Generator().manual_seed(11))
+    with torch.no_grad():
+        logits = shipped_parity()(batch.inputs)
+    answers = logits[..., :3].argmax(-1).gather(1, batch.positions)
+    assert answers.equal(batch.answers)
