@@ -379,3 +379,8 @@ def test_the_demonstration_runs_and_runs_again(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         for part in (expected, "character for character", "State: equal", "What next"):
             assert part in done.stdout
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "mamba3", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "generate" in done.stdout, done.stderr
