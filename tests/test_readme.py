@@ -76,7 +76,8 @@ def test_what_the_readme_points_to_exists():
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_and_options_named_exist(line):
-    _, name, *arguments = shlex.split(line)
-    command = typer.main.get_command(app).commands[name]
+    command, (_, *arguments) = typer.main.get_command(app), shlex.split(line)
+    while hasattr(command, "commands"):
+        command = command.commands[arguments.pop(0)]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {argument for argument in arguments if argument.startswith("-")} <= known
