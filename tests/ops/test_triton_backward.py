@@ -1,6 +1,7 @@
 """Gradients of the kernels: on a CPU in Triton's interpreter, on small shapes; with -m gpu on the device, in every dtype.
 
-The yardstick is the error of the chunked path's own gradients in the same dtype: the kernels' may be twice that.
+The yardstick is the error of the chunked path's own gradients in the same dtype: the kernels' may be twice that. Parameters and the
+state's fields are judged together, which is weaker than one by one: docs/kernels.md names the gradient that would not pass.
 """
 
 import pytest
@@ -231,10 +232,10 @@ def test_training_compiles_and_goes_into_a_cuda_graph():
     leaves = list(values.values())
 
     def train(values):
-        return torch.autograd.grad(ops.scan(**values).y.float().square().sum(), leaves)
+        return torch.autograd.grad(ops.scan(**values, impl="triton").y.float().square().sum(), leaves)
 
     eager = train(values)
-    compiled = torch.compile(lambda v: ops.scan(**v).y.float().square().sum(), fullgraph=True)
+    compiled = torch.compile(lambda v: ops.scan(**v, impl="triton").y.float().square().sum(), fullgraph=True)
     for ours, true in zip(torch.autograd.grad(compiled(values), leaves), eager, strict=True):
         assert distance(ours, true) < 1e-2
     graph = torch.cuda.CUDAGraph()
@@ -265,6 +266,6 @@ def test_memory_of_a_long_sequence(rank):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() - sum(v.nbytes for v in leaves)
-    y = ops.scan(**values).y
+    y = ops.scan(**values, impl="triton").y
     torch.autograd.grad(y, leaves, torch.ones_like(y))
     assert torch.cuda.max_memory_allocated() - before <= (8 if rank == 1 else 9) * 2**30
