@@ -1,7 +1,7 @@
 """Gradients of the kernels: on a CPU in Triton's interpreter, on small shapes; with -m gpu on the device, in every dtype.
 
-The yardstick is the error of the chunked path's own gradients in the same dtype: the kernels' may be twice that. Parameters and the
-state's fields are judged together, which is weaker than one by one: docs/kernels.md names the gradient that would not pass.
+The yardstick is the error of the chunked path's own gradients in the same dtype: the kernels' may be twice that. Parameters,
+and the state's fields, are judged together, which is weaker than one by one: docs/kernels.md names what would not pass.
 """
 
 import pytest
