@@ -199,10 +199,7 @@ class Mamba3LM(nn.Module):
         if self._fingerprint is None or self._fingerprint[0] != key:
             digest = hashlib.sha256(self.config.canonical().to_json().encode())
             samples = []
-            for p in parameters.values():
-                v = p.detach()
-                if hasattr(v, "qdata"):  # a quantised weight of torchao, which has no view
-                    v = v.dequantize()
+            for v in (part for p in parameters.values() for part in _parts(p.detach())):
                 flat = v.reshape(-1)
                 samples.append(flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].double())
             if samples and not samples[0].is_meta:
@@ -284,6 +281,12 @@ class Mamba3LM(nn.Module):
             raise ValueError(f"The state has {len(state.layers)} layers but the model {len(self.layers)}.")
         if state.batch_size != batch:
             raise ValueError(f"The state holds {state.batch_size} sequences, but {batch} came in.")
+
+
+def _parts(weight: Tensor) -> list[Tensor]:
+    """The plain tensors of a weight: itself, or what a quantised one is made of (values, scales), which has no view."""
+    flatten = getattr(weight, "__tensor_flatten__", None)
+    return [part for name in flatten()[0] for part in _parts(getattr(weight, name))] if flatten else [weight]
 
 
 def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:
