@@ -23,10 +23,10 @@ class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.group = group
-        everyone = local.new_empty(dist.get_world_size(group), local.numel())
+        everyone = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
         with collective():
-            dist.all_gather_into_tensor(everyone, local.contiguous(), group=group)
-        return everyone, local.new_zeros(())
+            dist.all_gather(everyone, local.contiguous(), group=group)
+        return torch.stack(everyone), local.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:

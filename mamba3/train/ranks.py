@@ -94,12 +94,18 @@ def collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not dist.is_initialized() or isinstance(error, torch.OutOfMemoryError):
+        if not _of_communication(error):
             raise
         raise RankError(
             f"every rank must take part, but rank {dist.get_rank()} of {dist.get_world_size()} lost another one ({error}); "
             "the job ends here. The checkpoints are whole: run the same command again to go on from the newest."
         ) from error
+
+
+def _of_communication(error: RuntimeError) -> bool:
+    """Whether an error is of the network: PyTorch's own kinds, and gloo's, which are RuntimeErrors with a text."""
+    lost = ("Connection", "connection", "Timed out", "timed out", "Broken pipe", "reset by peer", "closed")
+    return isinstance(error, dist.DistError) or ("gloo" in str(error) and any(word in str(error) for word in lost))
 
 
 def join(context: int = 1, device: torch.device | str = "cpu") -> Ranks:
@@ -154,7 +160,8 @@ def spread(
     mesh = init_device_mesh(device.type, (ranks.size,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    return cast(nn.Module, fully_shard(objective, mesh=mesh))
+    # Whole parameters must not stay behind after a validation: what is saved next are the shards.
+    return cast(nn.Module, fully_shard(objective, mesh=mesh, reshard_after_forward=True))
 
 
 @contextmanager
