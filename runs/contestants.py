@@ -240,7 +240,7 @@ def make_mixer(kind: str, size: Size, layer: int) -> nn.Module:
     base, _, states = kind.partition("-n") if kind in STATES else (kind, "", "")
     n, d = int(states) if states else size.d_state, size.d_model
     heads = d // size.headdim
-    if base == "mamba3-hybrid" and (layer + 1) % 6 == 0:
+    if base == "mamba3-hybrid" and (layer + 1) % min(6, size.layers) == 0:
         wide = math.floor(
             _layer_parameters("mamba3-siso", size) / (4 * d * size.headdim)
         )  # as large as what it replaces
