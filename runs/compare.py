@@ -30,6 +30,7 @@ import torch
 from books import read
 from compare_figure import draw
 from contestants import ABLATIONS, KINDS, MAIN, STATES, Contestant, Size, scan_of, why_not
+from windows import Windows, spread_starts
 
 from mamba3.ops.state_file import replace_file
 from mamba3.train import NonFiniteError, Reporter, TrainConfig, Trainer, checkpoint
@@ -183,9 +184,7 @@ class Race:
     def perplexities(self, objective: torch.nn.Module, config: TrainConfig) -> dict[str, float]:
         """Of the same held-out tokens, read in windows of each length; a longer one gives each token more to go on."""
         longest, found = max(self.options.contexts), {}
-        whole = Rows(self.data["test"], seq_len=longest, batch_tokens=longest, seed=0)
-        count = max(1, min(self.options.eval_tokens // longest, whole.epoch_tokens // longest))
-        starts = np.sort(whole.starts)[:: max(1, len(whole.starts) // count)][:count]
+        starts = spread_starts(self.data["test"], longest, self.options.eval_tokens)
         for length in self.options.contexts:
             windows = Windows(self.data["test"], starts, longest, length)
             batches = windows.batches(max(1, config.batch_tokens // length))
@@ -213,22 +212,6 @@ class Race:
             row["tokens_per_second"] = statistics.median(c["tokens_per_second"] for c in done)
             rows.append(row)
         return rows
-
-
-class Windows:
-    """Runs of `longest` tokens of documents, read in windows of `length`: the same targets for every length."""
-
-    def __init__(self, data: Tokens, starts: np.ndarray, longest: int, length: int):
-        self.data, self.length = data, length
-        self.starts = [int(start) + offset for start in starts for offset in range(0, longest, length)]
-
-    def batches(self, rows: int):
-        from mamba3.train.packing import Batch, gather
-
-        for first in range(0, len(self.starts), rows):
-            spans = [(start, self.length) for start in self.starts[first : first + rows]]
-            batch = gather(self.data, spans)
-            yield Batch(batch.inputs.view(len(spans), self.length), batch.targets, None)
 
 
 class Line(Reporter):

@@ -149,8 +149,9 @@ def _lay_out(
 def export(trainer: Trainer) -> Path:
     """Write the model and its tokenizer, without what training needs, as `run/model`; called when a run has ended."""
     place = trainer.folder / MODEL
-    if trainer.saver.copy is not None:
-        trainer.saver.copy.save_pretrained(place)  # pyright: ignore[reportCallIssue]
+    model = trainer.saver.whole_model(trainer.model)
+    if model is not None:
+        model.save_pretrained(place)  # pyright: ignore[reportCallIssue]
         for file in trainer.extra_files:
             shutil.copy(file, place / file.name)
     return place

@@ -76,7 +76,7 @@ class Saver:
             if self.ranks.first:
                 shutil.rmtree(temporary, ignore_errors=True)
                 (temporary / TRAINING).mkdir(parents=True)
-            self._copy_model(model)
+            self.whole_model(model)
             written = async_save(
                 state,
                 storage_writer=FileSystemWriter(temporary / TRAINING, single_file_per_rank=True, sync_files=True),
@@ -108,13 +108,14 @@ class Saver:
             self._pending = None
 
     @torch.no_grad()
-    def _copy_model(self, model: nn.Module) -> None:
-        """Put the whole weights into the copy; under sharding every rank takes part in gathering them."""
+    def whole_model(self, model: nn.Module) -> nn.Module | None:
+        """The copy with the weights as they are now, on the first rank (None on others); all ranks take part in gathering."""
         mine = dict(self.copy.named_parameters()) | dict(self.copy.named_buffers()) if self.copy is not None else {}
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             value = whole(value.detach())
             if name in mine:
                 mine[name].copy_(value)
+        return self.copy
 
     def _finish(self, step: int, place: Path, written: Any) -> Path:
         temporary = temporary_of(place)

@@ -251,6 +251,7 @@ def test_a_finished_run_stays_finished_and_restart_begins_anew(corpus, tmp_path)
     before = losses(run)
     made, outcome = train(corpus, run)
     assert (made.step, outcome.loss, losses(run)) == (12, None, before)
+    assert (export(made) / "model.safetensors").read_bytes() == weights(run)
     with pytest.raises(ValueError, match=r"differs in train\.seed was 0, is 1"):
         prepare(corpus, run, TrainConfig(**{**CONFIG.to_dict(), "seed": 1}), shape)
     made, _ = train(corpus, run, TrainConfig(**{**CONFIG.to_dict(), "seed": 1}), start="restart")
