@@ -81,7 +81,6 @@ class Saver:
                 state,
                 storage_writer=FileSystemWriter(temporary / TRAINING, single_file_per_rank=True, sync_files=True),
                 process_group=self.ranks.saving,
-                no_dist=self.ranks.size == 1,
             )
         except OSError as error:
             if self.ranks.first:
