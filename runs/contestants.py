@@ -77,15 +77,24 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
-        z, row, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * self.n, self.heads], dim=-1)
-        row, _ = self.conv(row, self.conv.init_state(u.shape[0], u.device, row.dtype))
-        x, B, C = row.split([self.d_inner, self.n, self.n], dim=-1)
-        dt, A = F.softplus(dt.float() + self.dt_bias), -self.A_log.float().exp()
-        x = x.unflatten(-1, (self.heads, self.headdim))
+        z, x, B, C, dt = self.before(u)
         with torch.autocast(u.device.type, enabled=False):
-            y = SCANS[scan_of(u.device)](x, dt, A, B, C)
-        y = y + self.D[:, None] * x
-        return self.out_proj(self.norm(y.flatten(-2).float() * F.silu(z.float()), z.dtype))
+            y = SCANS[scan_of(u.device)](x, dt, -self.A_log.float().exp(), B, C)
+        return self.out_proj(self.after(y, x, z))
+
+    def before(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """z, x, B, C and dt; the convolution as four shifted products, which torch.compile makes one kernel of."""
+        z, row, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * self.n, self.heads], dim=-1)
+        rows, weight = F.pad(row, (0, 0, 3, 0)), self.conv.weight.to(row.dtype)
+        shifted = (rows[:, k : k + row.shape[1]] * weight[:, k] for k in range(4))
+        row = F.silu(sum(shifted, self.conv.bias.to(row.dtype)))
+        x, B, C = row.split([self.d_inner, self.n, self.n], dim=-1)
+        return z, x.unflatten(-1, (self.heads, self.headdim)), B, C, F.softplus(dt.float() + self.dt_bias)
+
+    def after(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        """The skip, and RMSNorm of what the gate left."""
+        y = (y + self.D[:, None] * x).flatten(-2)
+        return self.norm(y.float() * F.silu(z.float()), z.dtype)
 
 
 def _scan_by_ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -186,6 +195,10 @@ class Contestant(nn.Module):
                 block.mixer.compile_coefficients()
             elif isinstance(block.mixer, Attention):
                 block.mixer.compile()
+            elif isinstance(block.mixer, Mamba2):
+                block.mixer.before, block.mixer.after = (
+                    torch.compile(f) for f in (block.mixer.before, block.mixer.after)
+                )
 
     def num_parameters(self) -> int:
         """Parameters besides the embedding."""

@@ -40,10 +40,10 @@ class Recipe:
         return json.dumps({"model": dict(self.model), **self.train.to_dict()}, indent=2) + "\n"
 
 
-def _paper(size: str, lr: float, tokens: float = 100e9) -> Recipe:
+def _paper(size: str, lr: float, micro_tokens: int = 2**15, tokens: float = 100e9) -> Recipe:
     steps = round(tokens / 2**19)
     train = TrainConfig(
-        tokenizer="bpe", vocab_size=32_000, layout="packed", seq_len=2048, batch_tokens=2**19, micro_tokens=2**15,
+        tokenizer="bpe", vocab_size=32_000, layout="packed", seq_len=2048, batch_tokens=2**19, micro_tokens=micro_tokens,
         steps=steps, lr=lr, warmup_steps=steps // 100, min_lr_fraction=1e-5 / lr, dtype="bfloat16", compile=True,
         eval_every=1000, eval_tokens=2**20, save_every=500,
     )  # fmt: skip
@@ -51,9 +51,9 @@ def _paper(size: str, lr: float, tokens: float = 100e9) -> Recipe:
 
 
 RECIPES = {
-    "laptop": Recipe("a small model in minutes on a processor; the default", TrainConfig(), {}),
+    "laptop": Recipe("a small model on a processor; the default", TrainConfig(), {}),
     "small": Recipe(
-        "33M parameters in under an hour on one GPU",
+        "37M parameters on 260M tokens, for one GPU",
         TrainConfig(
             tokenizer="bpe", vocab_size=8192, layout="rows", seq_len=1024, batch_tokens=2**16, steps=4000, lr=3e-3,
             warmup_steps=100, schedule="wsd", dtype="bfloat16", compile=True, eval_every=250, eval_tokens=2**19,
@@ -63,8 +63,8 @@ RECIPES = {
     ),
     "paper-180m": _paper("180m", 3e-3),
     "paper-440m": _paper("440m", 1.5e-3),
-    "paper-880m": _paper("880m", 1.25e-3),
-    "paper-1.5b": _paper("1.5b", 1e-3),
+    "paper-880m": _paper("880m", 1.25e-3, 2**14),
+    "paper-1.5b": _paper("1.5b", 1e-3, 2**14),
 }  # fmt: skip
 
 

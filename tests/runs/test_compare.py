@@ -71,6 +71,16 @@ def test_mamba2_is_its_recurrence(contestants):
     )
 
 
+def test_mamba2_convolves_as_the_short_convolution_does(contestants):
+    torch.manual_seed(0)
+    layer = contestants.Mamba2(32, 8, 16)
+    u = torch.randn(2, 11, 32)
+    row = layer.in_proj(u)[..., 64:144]
+    expected, _ = layer.conv(row, layer.conv.init_state(2))
+    _, x, B, C, _ = layer.before(u)
+    torch.testing.assert_close(torch.cat([x.flatten(-2), B, C], -1), expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["fla", "mamba_ssm"])
 def test_the_kernels_of_others_compute_mamba2(contestants, name):
