@@ -24,7 +24,7 @@ from mamba3 import Mamba3Config, Mamba3LM, preset
 from mamba3.ops.state_file import replace_file
 from mamba3.train import TrainConfig, Trainer
 from mamba3.train.data import Data
-from mamba3.train.ranks import join, local_device
+from mamba3.train.ranks import join, leave, local_device
 from mamba3.train.report import METRICS, read_metrics
 from mamba3.train.store import Tokens
 
@@ -79,6 +79,7 @@ def work(options: argparse.Namespace) -> None:
             found[name]["memory_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     if ranks.first:
         (options.out / "found.json").write_text(json.dumps(found))
+    leave()
 
 
 def measure(options: argparse.Namespace, way: str, world: int) -> dict[str, Any]:

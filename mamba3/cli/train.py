@@ -190,7 +190,7 @@ def run_training(
     from mamba3.cli.interrupt import INTERRUPTED, stop_on_interrupt
     from mamba3.cli.models import pick_device
     from mamba3.cli.progress import ProgressReporter
-    from mamba3.train.ranks import join, local_device
+    from mamba3.train.ranks import join, leave, local_device
     from mamba3.train.report import Reporter
     from mamba3.train.run import export, prepare
 
@@ -215,4 +215,5 @@ def run_training(
         if interrupted():
             raise typer.Exit(INTERRUPTED)
     export(trainer)
+    leave()
     return trainer

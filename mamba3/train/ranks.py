@@ -137,6 +137,12 @@ def join(context: int = 1, device: torch.device | str = "cpu") -> Ranks:
     )  # fmt: skip
 
 
+def leave() -> None:
+    """The end of a job that went well: all ranks let go of one another."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def local_device(device: torch.device) -> torch.device:
     """`device`, or under torchrun the GPU of this rank."""
     if device.type == "cuda" and device.index is None and dist.is_torchelastic_launched():
