@@ -21,6 +21,7 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,14 +81,16 @@ class Race:
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(automatic if options.device == "auto" else options.device)
         self.training, self.size = (QUICK_TRAINING, QUICK) if options.quick else (TRAINING, FULL)
-        if options.micro_tokens:
-            self.training = dataclasses.replace(self.training, micro_tokens=options.micro_tokens)
+        if not options.quick:
+            compiled = not options.eager
+            self.training = dataclasses.replace(self.training, micro_tokens=options.micro_tokens, compile=compiled)
         self.file = options.out / "compare.json"
         self.cells: dict[str, dict[str, Any]] = {}
         for known in (*options.known, self.file):
             if known.is_file():
                 self.cells |= json.loads(known.read_text())["cells"]
         self.data: dict[str, Tokens] = {}
+        self.broken: list[str] = []  # kinds that raised in this call
         self.sizes: np.ndarray | None = None
 
     def open(self) -> None:
@@ -107,7 +110,7 @@ class Race:
     def plan(self) -> list[Cell]:
         """Every cell in order of worth, as far as the sweeps that are done tell their rates."""
         options = self.options
-        kinds = [kind for kind in options.kinds if why_not(kind, self.device) is None]
+        kinds = [k for k in options.kinds if why_not(k, self.device) is None and k not in self.broken]
         cells = [
             Cell(kind, rate, 0, options.sweep_tokens, final=False) for kind in kinds for rate in self.rates_of(kind)
         ]
@@ -137,8 +140,17 @@ class Race:
         while todo := [cell for cell in self.plan() if cell.name not in self.cells]:
             if self.over():
                 raise Stopped
-            self.cells[todo[0].name] = self.train(todo[0])
-            self.write()
+            cell = todo[0]
+            try:
+                self.cells[cell.name] = self.train(cell)
+                self.write()
+            except Stopped:
+                raise
+            except Exception:  # noqa: BLE001  # another library's failure must not cost the other kinds their hours
+                sys.stderr.write(
+                    f"{cell.name} failed, and {cell.kind} is left out of this call:\n{traceback.format_exc()}"
+                )
+                self.broken.append(cell.kind)
 
     def train(self, cell: Cell) -> dict[str, Any]:
         """Train and measure one cell; {"failed": why} where it diverged."""
@@ -259,6 +271,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16_384, 32_768])
     parser.add_argument("--eval-tokens", type=int, default=524_288, help="held-out tokens of each measurement")
     parser.add_argument("--micro-tokens", type=int, default=0, help="tokens of one forward pass, where memory is short")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long, with what was begun saved")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plan", action="store_true", help="print which cells are done, and end")
@@ -299,6 +312,8 @@ def main() -> None:
     if race.table():
         draw(race.table(), options.out / "compare.png", options.quick)
     sys.stdout.write(f"{len(race.cells)} cells in {race.file}{left}\n")
+    if race.broken:
+        raise SystemExit(f"Left out, for the reasons above: {', '.join(race.broken)}.")
 
 
 if __name__ == "__main__":

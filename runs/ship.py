@@ -168,6 +168,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, choices=tuple(INNER), default=4, help="1 is SISO, 4 MIMO; equal parameters")
     parser.add_argument("--lr", type=float, default=TRAINING.lr)
     parser.add_argument("--micro-tokens", type=int, default=0, help="tokens of one forward pass, where memory is short")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps of the whole run")
     length.add_argument("--plan-seconds", type=float, default=1200, help="as many steps as take so long here")
@@ -187,7 +188,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.append(True))
     parts, tokenizer = parts_of(options)
-    config = dataclasses.replace(TRAINING, lr=options.lr, micro_tokens=options.micro_tokens)
+    config = dataclasses.replace(TRAINING, lr=options.lr, micro_tokens=options.micro_tokens, compile=not options.eager)
     if options.quick:
         config = dataclasses.replace(config, seq_len=32, batch_tokens=128, dtype="float32", compile=False, save_every=5,
                                      eval_every=10, eval_tokens=256)  # fmt: skip

@@ -7,6 +7,7 @@ Sharding (FSDP2) keeps float32 everywhere and computes under autocast: the param
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,6 +160,8 @@ def spread(
     if parallel == "ddp":
         from torch.nn.parallel import DistributedDataParallel
 
+        # Of sizes [2, 1, 64] two strides mean the same; torch 2.13 warns of the difference, once a rank.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         return DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -50,7 +50,7 @@ def test_recomputed_activations_change_nothing(corpus, tmp_path, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own imports while it compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")  # of torch itself
 def test_compiled_parts_change_nothing_but_rounding_and_resume_to_the_bit(corpus, tmp_path):
     config = dataclasses.replace(CONFIG, compile=True)
     train(corpus, tmp_path / "eager")
