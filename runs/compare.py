@@ -22,22 +22,21 @@ import statistics
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from books import read
+from compare_cell import Cell, Line, speed, spread_of
 from compare_figure import draw
 from contestants import ABLATIONS, KINDS, MAIN, STATES, Contestant, Size, scan_of, why_not
 from windows import Windows, spread_starts
 
 from mamba3.ops.state_file import replace_file
-from mamba3.train import NonFiniteError, Reporter, TrainConfig, Trainer, checkpoint
+from mamba3.train import NonFiniteError, TrainConfig, Trainer, checkpoint
 from mamba3.train.data import Data
 from mamba3.train.evaluate import evaluate
-from mamba3.train.report import METRICS, read_metrics
 from mamba3.train.rows import Rows
 from mamba3.train.store import Tokens
 from mamba3.train.tokenizer import load_tokenizer, token_bytes
@@ -52,21 +51,6 @@ QUICK_TRAINING = dataclasses.replace(
     TRAINING, seq_len=32, batch_tokens=128, dtype="float32", compile=False, save_every=2
 )
 WARMUP = 0.1  # share of the steps
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training run."""
-
-    kind: str
-    rate: float
-    seed: int
-    tokens: int
-    final: bool
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}.{'final' if self.final else 'sweep'}.{self.tokens / 1e6:g}M.lr{self.rate:g}.s{self.seed}"
 
 
 class Stopped(Exception):
@@ -224,37 +208,6 @@ class Race:
             row["tokens_per_second"] = statistics.median(c["tokens_per_second"] for c in done)
             rows.append(row)
         return rows
-
-
-class Line(Reporter):
-    """A line of progress on stderr every ten seconds."""
-
-    def __init__(self, name: str):
-        self.name, self.told, self.loss = name, time.monotonic(), math.nan
-
-    def started(self, step: int, steps: int) -> None:
-        self.steps = steps
-        sys.stderr.write(f"{self.name}: from step {step} of {steps}\n")
-
-    def stepped(self, report: Any) -> None:
-        if report.skipped:
-            sys.stderr.write(f"{self.name}: step {report.step} not taken: {report.skipped}\n")
-        if time.monotonic() - self.told > 10 or report.step == self.steps:
-            self.told, speed = time.monotonic(), report.tokens / report.seconds
-            sys.stderr.write(f"{self.name}: step {report.step}, loss {report.loss:.4f}, {speed:,.0f} tokens/s\n")
-
-
-def speed(folder: Path) -> dict[str, Any]:
-    """Median tokens/s of the steps after the first ten, which compile, and how many were not taken."""
-    steps = [line for line in read_metrics(folder / METRICS) if line["kind"] == "step"]
-    timed = steps[10:] or steps
-    rate = statistics.median(line["tokens"] / line["seconds"] for line in timed)
-    return {"tokens_per_second": rate, "train_loss": steps[-1]["loss"], "skipped": steps[-1]["skips"]}
-
-
-def spread_of(values: list[float]) -> dict[str, float | None]:
-    """Mean, and the standard deviation over seeds where there is more than one."""
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
