@@ -127,6 +127,7 @@ def _lay_out(
     }
     if resume_from is not None:
         checkpoint.check_identity(checkpoint.read_card(resume_from).identity, identity, resume_from)
+    _require_states_of_fixed_size(shape, config)
     with torch.device("meta"):
         Mamba3LM(shape)  # which checks what fits together
     memory.require(shape, config, micro, ranks, device)
@@ -155,6 +156,21 @@ def export(trainer: Trainer) -> Path:
         for file in trainer.extra_files:
             shutil.copy(file, place / file.name)
     return place
+
+
+def _require_states_of_fixed_size(shape: Mamba3Config, config: TrainConfig) -> None:
+    """What carries states from step to step or from rank to rank needs layers that a fixed state joins."""
+    if config.layout == "carry" and "attention" in shape.layers:
+        raise ValueError(
+            "layout = 'carry' needs layers whose state has a fixed size, but this model has attention layers, whose cache "
+            "would grow with every step; take layout 'packed', or layers of kind mamba3 alone."
+        )
+    if config.context_parallel > 1 and ("attention" in shape.layers or shape.d_conv):
+        odd = "attention layers" if "attention" in shape.layers else f"a short convolution (d_conv = {shape.d_conv})"
+        raise ValueError(
+            f"context_parallel = {config.context_parallel} needs layers that a fixed state joins, but this model has {odd}; "
+            "set context_parallel to 1, or leave that out of the model."
+        )
 
 
 def _kind(tokenizer: str) -> str:

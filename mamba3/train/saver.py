@@ -75,7 +75,7 @@ class Saver:
         try:
             if self.ranks.first:
                 shutil.rmtree(temporary, ignore_errors=True)
-                (temporary / TRAINING).mkdir(parents=True)
+                (temporary / TRAINING).mkdir(parents=True, exist_ok=True)  # other ranks make it too
             self.whole_model(model)
             written = async_save(
                 state,

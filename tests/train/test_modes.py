@@ -117,6 +117,27 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(corpus, tmp_path):
         prepare(corpus, tmp_path / "run", other, shape)
 
 
+def test_models_whose_states_grow_are_refused_where_states_are_handed_on(corpus, tmp_path):
+    def hybrid(vocabulary):
+        return dataclasses.replace(shape(vocabulary), layers=("mamba3", "attention"), attn_heads=2)
+
+    with pytest.raises(ValueError, match="layout = 'carry' needs layers whose state has a fixed size"):
+        prepare(corpus, tmp_path / "run", CARRY, hybrid)
+    shared = dataclasses.replace(CONFIG, context_parallel=2)
+    for build, what in (
+        (hybrid, "attention layers"),
+        (lambda n: dataclasses.replace(shape(n), d_conv=4), "a short conv"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"context_parallel = 2 needs layers that a fixed state joins, but .* {what}"
+        ):
+            prepare(corpus, tmp_path / "run", shared, build)
+    assert not (tmp_path / "run").exists()
+    conv = prepare(corpus, tmp_path / "conv", CARRY, lambda n: dataclasses.replace(shape(n), d_conv=4))
+    conv.run(lambda: conv.step >= 2)
+    assert conv.carried[0].layers[0].conv is not None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_kills_at_random_moments_change_nothing(corpus, tmp_path, seed):
