@@ -147,7 +147,7 @@ def deliver(trainer: Trainer, parts: dict[str, Tokens], tokenizer: Tokenizer, op
         "quick": options.quick, "parameters": shipped.num_parameters(), "bytes": sum(weights),
         "step": trainer.step, "steps": trainer.config.steps, "tokens": trainer.step * trainer.config.batch_tokens,
         "corpus_tokens": parts["train"].targets, "rank": options.rank, "lr": trainer.config.lr,
-        "batch_tokens": trainer.config.batch_tokens, "seq_len": trainer.config.seq_len,
+        "batch_tokens": trainer.config.batch_tokens, "seq_len": trainer.config.seq_len, "dtype": trainer.config.dtype,
         "train_loss": statistics.fmean(line["loss"] for line in steps[-50:]), "skipped": steps[-1]["skips"],
         "tokens_per_second": statistics.median(line["tokens"] / line["seconds"] for line in steps[5:] or steps),
         "test": measure(shipped, parts, token_bytes(tokenizer), options, device),
@@ -172,7 +172,9 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps of the whole run")
     length.add_argument("--plan-seconds", type=float, default=1200, help="as many steps as take so long here")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop this call's training after so long")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop training after so long, one step at least"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model on made-up tokens, to see that all of it runs"
@@ -208,9 +210,8 @@ def main() -> None:
         model, config, options.out / "run", data=data, token_sizes=token_bytes(tokenizer), identity=identity,
         device=device, reporter=Line(), resume_from=newest,
     )  # fmt: skip
-    trainer.run(lambda: bool(asked) or time.monotonic() - began > options.seconds)
-    if not trainer.step:
-        raise SystemExit("no step was taken, so there is nothing to deliver; the same command begins.")
+    before = trainer.step  # a call takes one step at least, so that there is something to deliver
+    trainer.run(lambda: trainer.step > before and (bool(asked) or time.monotonic() - began > options.seconds))
     result = deliver(trainer, parts, tokenizer, options, device)
     left = "" if trainer.step == config.steps else "; not all is done: the same command goes on"
     best = min(result["test"].items(), key=lambda pair: pair[1]["perplexity"])

@@ -15,6 +15,7 @@ def card(result: dict[str, Any], config: Mamba3Config) -> str:
     epochs = result["tokens"] / result["corpus_tokens"]
     kind = f"MIMO, rank {config.mimo_rank}" if config.mimo_rank > 1 else "SISO"
     rows = "\n".join(_row(tokens, found) for tokens, found in result["test"].items())
+    precision = "bfloat16 autocast over float32 parameters" if result["dtype"] == "bfloat16" else "float32"
     finished = (
         "" if result["step"] == result["steps"] else f" (unfinished: step {result['step']:,} of {result['steps']:,})"
     )
@@ -38,8 +39,8 @@ validation, 12 for the test below. {result["corpus_tokens"]:,} training tokens o
 
 ## Recipe
 `runs/ship.py --rank {result["rank"]}`: AdamW (0.9, 0.95), weight decay 0.1, clipping 1.0; peak rate
-{result["lr"]:g} after a warm-up, then constant, then a linear fall over the last fifth; bfloat16 autocast over float32
-parameters; {result["batch_tokens"]:,} tokens a step in rows of {result["seq_len"]:,}; {result["step"]:,} steps,
+{result["lr"]:g} after a warm-up, then constant, then a linear fall over the last fifth; {precision};
+{result["batch_tokens"]:,} tokens a step in rows of {result["seq_len"]:,}; {result["step"]:,} steps,
 {result["tokens"]:,} tokens ({epochs:.2f} passes over the corpus), {result["skipped"]} steps skipped. On one
 {result["device"]}, torch {result["torch"]}, {result["tokens_per_second"]:,.0f} tokens/s. Loss over the last 50 steps
 {result["train_loss"]:.3f}.

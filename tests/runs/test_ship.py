@@ -36,7 +36,9 @@ def test_both_shapes_are_one_size_and_fit_the_repository(monkeypatch):
 @pytest.mark.slow
 def test_a_run_in_parts_ships_what_it_measured(tmp_path):
     out = tmp_path / "ship"
-    call("ship.py", "--out", str(out), "--quick", "--steps", "30", "--seconds", "1.5")  # some of it
+    said = call("ship.py", "--out", str(out), "--quick", "--steps", "30", "--seconds", "0")
+    assert "step 1 of 30" in said and "not all is done" in said
+    assert "unfinished: step 1 of 30" in (out / "model" / "README.md").read_text()
     said = call("ship.py", "--out", str(out), "--quick", "--steps", "30")
     assert "step 30 of 30" in said and "not all is done" not in said
     result = json.loads((out / "model" / "result.json").read_text())
