@@ -66,7 +66,9 @@ def test_importing_is_light_and_has_no_effects():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("document", ["mathematics.md", "design.md", "numerics.md", "transformers.md", "evaluation.md"])
+@pytest.mark.parametrize(
+    "document", ["mathematics.md", "design.md", "numerics.md", "transformers.md", "evaluation.md", "training.md"]
+)
 def test_documents_name_what_exists(document):
     """Every `ops.something.name`, file and test named in a document is there."""
     text = (ROOT / "docs" / document).read_text()

@@ -2,4 +2,5 @@
 
 from mamba3.cli.app import main
 
-main()
+if __name__ == "__main__":  # and not in the processes that tokenise, which import this
+    main()

@@ -146,7 +146,7 @@ def _seconds_per_step(threads: int) -> float:
     import torch
 
     from mamba3.lm import Mamba3LM
-    from mamba3.train.evaluate import batch_loss
+    from mamba3.train.objective import batch_loss
     from mamba3.train.optim import build_optimizer
     from mamba3.train.packing import Batch
 
@@ -233,7 +233,7 @@ def _read_on(place: Path, trainer: "Trainer", out: Path) -> None:
     import numpy as np
 
     tokens = out / "read.npy"
-    np.save(tokens, trainer.train.data.tokens[: MARKS[-1]])
+    np.save(tokens, trainer.data.tokens.read(0, MARKS[-1]))
     console.print(f"A new process reads {MARKS[-1]:,} tokens of source code from one state ...")
     began = time.perf_counter()
     found: list[Any] = json.loads(_in_new_process("mamba3.cli.memory", str(place), str(tokens), *map(str, MARKS)))

@@ -1,5 +1,6 @@
 """What a training run looks like in a terminal: one bar, a line for each validation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -62,8 +63,14 @@ class ProgressReporter(Reporter):
         self.tokens += report.tokens
         self.seconds += report.seconds
         before = report.loss if self._loss is None else self._loss
+        if report.skipped:
+            report = replace(report, loss=before)
         self._loss = _SMOOTHING * before + (1 - _SMOOTHING) * report.loss
         figures = f"loss {self._loss:.3f}  {self.tokens_per_second:,.0f} tokens/s"
+        if report.skips:
+            figures += f"  {report.skips} skipped"
+        if report.skipped:
+            self.console.print(f"step {report.step:>6,}  not taken: {report.skipped}", soft_wrap=True)
         assert self._bar is not None
         self._bar.update(self._task, completed=report.step, figures=figures)
 

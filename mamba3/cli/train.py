@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +11,7 @@ import typer
 
 from mamba3.cli.console import console
 from mamba3.train.config import TrainConfig
+from mamba3.train.recipes import MODEL_OPTIONS, RECIPES, read_recipe
 
 if TYPE_CHECKING:
     from mamba3.lm import Mamba3Config
@@ -30,6 +31,10 @@ def _setting(field: str, help: str, panel: str) -> Any:
     )
 
 
+def _recipes() -> str:
+    return "where settings come from: " + "; ".join(f"{name}, {recipe.purpose}" for name, recipe in RECIPES.items())
+
+
 def _shown(value: object) -> str:
     return "every text file" if value == "" else "4096" if value is None else str(value)
 
@@ -39,11 +44,19 @@ def _shape(help: str) -> Any:
 
 
 def train(
-    corpus: Annotated[Path, typer.Argument(help="a text file, a folder or a file of JSON lines")],
+    corpus: Annotated[
+        Path | None, typer.Argument(help="a text file, a folder, JSON lines, or a dataset: hf:NAME or hf:NAME:CONFIG")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help=_recipes(), show_default=False, rich_help_panel=_RUN)] = None,
     out: Annotated[Path, typer.Option(help="the run's folder", rich_help_panel=_RUN)] = Path("run"),
     config: Annotated[
-        Path | None, typer.Option(help="JSON file of settings; options beside it win", rich_help_panel=_RUN)
+        Path | None,
+        typer.Option(help="JSON file of settings, its recipe and its model; options win", rich_help_panel=_RUN),
     ] = None,
+    show_config: Annotated[
+        bool,
+        typer.Option("--show-config", help="print what would be run, as a configuration file", rich_help_panel=_RUN),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="demand a checkpoint to go on from", rich_help_panel=_RUN)
     ] = False,
@@ -53,13 +66,23 @@ def train(
     eval_tokens: Annotated[int | None, _setting("eval_tokens", "held-out tokens read at most, 0 for all", _RUN)] = None,
     save_every: Annotated[int | None, _setting("save_every", "steps between checkpoints", _RUN)] = None,
     keep: Annotated[int | None, _setting("keep", "checkpoints kept", _RUN)] = None,
+    tensorboard: Annotated[bool | None, _setting("tensorboard", "write figures for TensorBoard too", _RUN)] = None,
+    parallel: Annotated[str | None, _setting("parallel", "under torchrun: ddp or fsdp", _RUN)] = None,
+    context_parallel: Annotated[int | None, _setting("context_parallel", "ranks that share a sequence", _RUN)] = None,
     glob: Annotated[str | None, _setting("glob", "files of a folder, such as '*.py'", _DATA)] = None,
-    field: Annotated[str | None, _setting("field", "key of a JSON line that holds the text", _DATA)] = None,
+    field: Annotated[str | None, _setting("field", "key or column that holds the text", _DATA)] = None,
+    split: Annotated[str | None, _setting("split", "split of a dataset of the hub", _DATA)] = None,
+    workers: Annotated[int | None, _setting("workers", "processes that tokenise, 0 chooses", _DATA)] = None,
+    shard_tokens: Annotated[int | None, _setting("shard_tokens", "tokens of a file on disk", _DATA)] = None,
+    layout: Annotated[str | None, _setting("layout", "packed, rows, or carry (truncated BPTT)", _DATA)] = None,
     tokenizer: Annotated[str | None, _setting("tokenizer", "byte, bpe or a tokenizer.json", _DATA)] = None,
     vocab_size: Annotated[int | None, _setting("vocab_size", "size of a trained BPE vocabulary", _DATA)] = None,
     val_fraction: Annotated[float | None, _setting("val_fraction", "share held out", _DATA)] = None,
     seq_len: Annotated[int | None, _setting("seq_len", "tokens of the longest piece", _DATA)] = None,
-    batch_tokens: Annotated[int | None, _setting("batch_tokens", "tokens of a step", _DATA)] = None,
+    batch_tokens: Annotated[int | None, _setting("batch_tokens", "tokens of a step, over all ranks", _DATA)] = None,
+    micro_tokens: Annotated[
+        int | None, _setting("micro_tokens", "tokens of one forward pass, 0 for all", _DATA)
+    ] = None,
     seed: Annotated[int | None, _setting("seed", "of weights and data order", _DATA)] = None,
     preset: Annotated[str | None, _shape("a size of the paper, such as siso-180m; the options below change it")] = None,
     layers: Annotated[int | None, _shape(f"number of layers (default: {_SMALL_LAYERS})")] = None,
@@ -75,57 +98,79 @@ def train(
     d_intermediate: Annotated[int | None, _shape("inner width of the MLP, 0 for none (default: 2 x width)")] = None,
     steps: Annotated[int | None, _setting("steps", "optimizer steps", _OPTIMISATION)] = None,
     lr: Annotated[float | None, _setting("lr", "peak learning rate", _OPTIMISATION)] = None,
+    schedule: Annotated[str | None, _setting("schedule", "cosine or wsd", _OPTIMISATION)] = None,
     warmup_steps: Annotated[int | None, _setting("warmup_steps", "steps of rise", _OPTIMISATION)] = None,
+    decay_fraction: Annotated[
+        float | None, _setting("decay_fraction", "of the steps, wsd's fall", _OPTIMISATION)
+    ] = None,
     min_lr_fraction: Annotated[float | None, _setting("min_lr_fraction", "end over peak", _OPTIMISATION)] = None,
     weight_decay: Annotated[float | None, _setting("weight_decay", "AdamW's", _OPTIMISATION)] = None,
     decay_bc_bias: Annotated[bool | None, _setting("decay_bc_bias", "decay B and C biases", _OPTIMISATION)] = None,
     clip_norm: Annotated[float | None, _setting("clip_norm", "gradient norm, 0 for none", _OPTIMISATION)] = None,
     dtype: Annotated[str | None, _setting("dtype", "float32 or bfloat16", _OPTIMISATION)] = None,
+    spike: Annotated[float | None, _setting("spike", "deviations above which a loss is skipped", _OPTIMISATION)] = None,
+    max_skipped: Annotated[int | None, _setting("max_skipped", "skips in a row that end it", _OPTIMISATION)] = None,
+    recompute: Annotated[bool | None, _setting("recompute", "activation checkpointing", _OPTIMISATION)] = None,
+    compile: Annotated[bool | None, _setting("compile", "torch.compile around the scan", _OPTIMISATION)] = None,
 ) -> None:
-    """Train a language model from scratch, or go on with the run that the folder holds."""
+    """Train a language model from scratch, or go on with the run that the folder holds.
+
+    Settings come from a recipe, a configuration file, and the options below, each winning over the one before. Under
+    `torchrun --nproc-per-node N -m mamba3 train ...` all ranks train together.
+    """
     options = dict(locals())
     if resume and restart:
         raise ValueError("--resume and --restart exclude each other; give one of them or neither.")
-    settings = TrainConfig.read(config).to_dict() if config else {}
+    chosen = read_recipe(recipe, config)
     names = [f.name for f in fields(TrainConfig)]
-    settings |= {name: options[name] for name in names if options.get(name) is not None}
-    shape = {
-        name: options[name]
-        for name in ("d_model", "d_state", "headdim", "expand", "ngroups", "mimo_rank", "d_intermediate")
-        if options[name] is not None
-    }
+    chosen = chosen.changed(
+        {name: options[name] for name in names if options.get(name) is not None},
+        {name: options[name] for name in MODEL_OPTIONS if options[name] is not None},
+    )
+    if show_config:
+        console.print_json(chosen.to_json())
+        raise typer.Exit
+    if corpus is None:
+        raise ValueError(
+            "a corpus must be named: a text file, a folder, JSON lines or hf:NAME, as in `mamba3 train my-texts/`."
+        )
     trainer = run_training(
         corpus,
         out,
-        TrainConfig.from_dict(settings),
-        lambda vocabulary: model_config(vocabulary, preset, layers, attention_every, shape),
+        chosen.train,
+        lambda vocabulary: model_config(vocabulary, chosen.model),
         start="resume" if resume else "restart" if restart else "auto",
         device=device,
     )
     console.print(f"Done: mamba3 generate --model {trainer.folder / 'model'} --prompt ...", soft_wrap=True)
 
 
-def model_config(
-    vocabulary: int, preset: str | None, layers: int | None, attention_every: int | None, shape: dict[str, Any]
-) -> "Mamba3Config":
-    """A preset, or the small default, with `shape` and the given pattern of layers in place of its own."""
+def model_config(vocabulary: int, chosen: Mapping[str, Any]) -> "Mamba3Config":
+    """A preset, or the small default, with what was chosen in place of its own values.
+
+    `preset` is a name, `layers` a number or a list of kinds, `attention_every` puts attention in every so many layers'
+    place; all others are fields of `Mamba3Config`.
+    """
     import mamba3
 
-    values: dict[str, Any] = dict(shape)
+    values = dict(chosen)
+    preset, layers, every = (values.pop(name, None) for name in ("preset", "layers", "attention_every"))
     base = mamba3.preset(preset, vocab_size=vocabulary) if preset else None
     if base is None:
         values.setdefault("d_intermediate", 2 * values.get("d_model", _SMALL["d_model"]))
         values = _SMALL | values
-    if base is None or layers or attention_every:
+    if isinstance(layers, list | tuple):
+        values["layers"] = tuple(layers)
+    elif base is None or layers or every:
         count = layers or (len(base.layers) if base else _SMALL_LAYERS)
-        every = attention_every or count + 1
-        values["layers"] = tuple("attention" if (i + 1) % every == 0 else "mamba3" for i in range(count))
-    if attention_every:
+        spacing = every or count + 1
+        values["layers"] = tuple("attention" if (i + 1) % spacing == 0 else "mamba3" for i in range(count))
+    if every and "attn_heads" not in values:
         width = values.get("d_model") or (base.d_model if base else 0)
         values["attn_heads"] = max(1, width // 64)
     if preset:
         return mamba3.preset(preset, vocab_size=vocabulary, **values)
-    return mamba3.Mamba3Config(vocab_size=vocabulary, **values)
+    return mamba3.Mamba3Config.from_dict({"vocab_size": vocabulary, **values})
 
 
 def run_training(
@@ -145,16 +190,22 @@ def run_training(
     from mamba3.cli.interrupt import INTERRUPTED, stop_on_interrupt
     from mamba3.cli.models import pick_device
     from mamba3.cli.progress import ProgressReporter
+    from mamba3.train.ranks import join, leave, local_device
+    from mamba3.train.report import Reporter
     from mamba3.train.run import export, prepare
 
-    reporter = ProgressReporter(console)
+    place = local_device(pick_device(device))
+    ranks = join(config.context_parallel, place)
+    console.quiet = not ranks.first
+    reporter = ProgressReporter(console) if ranks.first else Reporter()
     try:
-        trainer = prepare(corpus, out, config, model_config, start=start, device=pick_device(device), reporter=reporter)
+        trainer = prepare(corpus, out, config, model_config, start=start, device=place, reporter=reporter, ranks=ranks)
     finally:
         reporter.finished(0)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     origin = f"going on after step {trainer.step:,}" if trainer.step else f"a new run in {out}"
-    console.print(f"{parameters:,} parameters on {trainer.device}; {origin}.", soft_wrap=True)
+    together = f", {ranks.size} ranks ({config.parallel})" if ranks.size > 1 else ""
+    console.print(f"{parameters:,} parameters on {trainer.device}{together}; {origin}.", soft_wrap=True)
     end = time.perf_counter() + patience
     with stop_on_interrupt("Stopping after this step, with a checkpoint") as interrupted:
         outcome = trainer.run(lambda: interrupted() or time.perf_counter() > end)
@@ -164,4 +215,5 @@ def run_training(
         if interrupted():
             raise typer.Exit(INTERRUPTED)
     export(trainer)
+    leave()
     return trainer

@@ -56,6 +56,12 @@ class Block(nn.Module):
             self.norm2 = RMSNorm(config.d_model, config.norm_eps, **factory)
             self.mlp = GatedMLP(config.d_model, config.d_intermediate, **factory)
 
+    def forward(
+        self, h: Tensor, mix: Callable[[Tensor], tuple[Tensor, Any]], *, last_only: bool = False
+    ) -> tuple[Tensor, Any]:
+        """`run`, called as a module is: what wraps modules (sharding, recomputation) takes hold of every verb."""
+        return self.run(h, mix, last_only=last_only)
+
     def run(
         self, h: Tensor, mix: Callable[[Tensor], tuple[Tensor, Any]], *, last_only: bool = False
     ) -> tuple[Tensor, Any]:
@@ -115,8 +121,26 @@ class Mamba3LM(nn.Module):
         boundaries = self._boundaries(input_ids, cu_seqlens)
         h = self._embed(input_ids, 2)
         for block in self._blocks():
-            h, _ = block.run(h, lambda u, block=block: (block.mixer(u, boundaries), None))
+            h, _ = block(h, lambda u, block=block: (block.mixer(u, boundaries), None))
         return self.norm_f(h, self.embedding.weight.dtype)
+
+    def forward_segment(
+        self, input_ids: Tensor, enter: Callable[..., Any], cu_seqlens: Tensor | list[int] | None = None
+    ) -> Tensor:
+        """`forward` for one rank's part, [1, t], of a sequence that is spread over ranks; `enter` as the layer's has it.
+
+        Raises ValueError for a model with attention, whose cache is not a summary.
+        """
+        if "attention" in self.config.layers:
+            raise ValueError(
+                "A sequence spread over ranks needs layers that a fixed state joins, but this model has attention layers; "
+                "use context_parallel=1, or layers of kind mamba3 alone."
+            )
+        boundaries = self._boundaries(input_ids, cu_seqlens)
+        h = self._embed(input_ids, 2)
+        for block in self._blocks():
+            h, _ = block(h, lambda u, block=block: (block.mixer.forward_segment(u, enter, boundaries), None))
+        return self.head(self.norm_f(h, self.embedding.weight.dtype))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits from what `hidden` returned."""
@@ -145,9 +169,9 @@ class Mamba3LM(nn.Module):
         shorten = last_only and boundaries is None
         for i, (block, layer) in enumerate(zip(self._blocks(), state.layers, strict=True)):
             if shorten and i == len(self.layers) - 1:
-                h, layer = block.run(h, lambda u, m=block.mixer, s=layer: m.prefill_last(u, s), last_only=True)
+                h, layer = block(h, lambda u, m=block.mixer, s=layer: m.prefill_last(u, s), last_only=True)
             else:
-                h, layer = block.run(h, lambda u, m=block.mixer, s=layer: m.prefill(u, s, boundaries))
+                h, layer = block(h, lambda u, m=block.mixer, s=layer: m.prefill(u, s, boundaries))
             layers.append(layer)
         if last_only and boundaries is not None:
             h = h[0, [b - 1 for b in boundaries[1:]]].unsqueeze(1)
@@ -166,7 +190,7 @@ class Mamba3LM(nn.Module):
         self._check_state(state, input_ids.shape[0])
         h, layers = self._embed(input_ids, 1), []
         for block, layer in zip(self._blocks(), state.layers, strict=True):
-            h, layer = block.run(h, lambda u, m=block.mixer, s=layer: m.step(u, s))
+            h, layer = block(h, lambda u, m=block.mixer, s=layer: m.step(u, s))
             layers.append(layer)
         logits = self.head(self.norm_f(h, self.embedding.weight.dtype))
         if torch.is_grad_enabled():
@@ -185,6 +209,18 @@ class Mamba3LM(nn.Module):
     def generate(self, input_ids: Tensor, **settings: Any) -> generation.Generation:
         """Continue prompts; the settings and their meaning are those of `mamba3.lm.generate.generate`."""
         return generation.generate(self, input_ids, **settings)
+
+    def compile_around_scan(self) -> None:
+        """torch.compile the norms, the MLPs and the coefficients of each block, in place; not the scan between them.
+
+        The scan's table of chunks is built from the values of cu_seqlens, which would mean a graph for every batch.
+        """
+        for block in self._blocks():
+            for part in (block.norm, block.norm2, block.mlp):
+                if part is not None:
+                    part.compile()
+            if isinstance(block.mixer, Mamba3):
+                block.mixer.compile_coefficients()
 
     # -- parameters and files
 

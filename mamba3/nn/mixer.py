@@ -8,6 +8,7 @@ out = out_proj(sum_r mimo_o_r * gate(y_r, z))
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from mamba3.ops import triton as kernels
 from mamba3.ops.discretize import DECAYS, decay_rate
 from mamba3.ops.gate import OUT_NORMS
 from mamba3.ops.scan import run_scan, run_state, run_step
+from mamba3.ops.segments import Summary, summarize
 from mamba3.ops.types import Gate, Inputs, State, wide_dtype
 from mamba3.ops.validation import check_cu_seqlens
 
@@ -229,6 +231,36 @@ class Mamba3(nn.Module):
             row = self._replace_conv(row, mixed)
         y, after = run_scan(self._inputs(row), self._gate(row.z), state, cu_seqlens)
         return self.out_proj(y.flatten(-2)), after._replace(conv=conv)
+
+    def forward_segment(
+        self, u: Tensor, enter: Callable[[Summary, Tensor | None], State], cu_seqlens: list[int] | None = None
+    ) -> Tensor:
+        """One rank's part of a sequence that is spread over several: u [1, t, d_model] to the same shape.
+
+        enter(summary of the last sequence in u, mimo_x) -> the state of batch size 1 that enters u's first token; the other
+        sequences of a pack start from the zero state. Raises ValueError for a layer with a short convolution, whose window
+        reaches back to the rank before.
+        """
+        self._check_input(u, 3)
+        if self.conv is not None:
+            raise ValueError("A sequence spread over ranks needs layers without a short convolution; set d_conv=0.")
+        row = self._project(u)
+        inp = self._inputs(row)
+        first, tokens = (0, u.shape[1]) if cu_seqlens is None else cu_seqlens[-2:]
+        last = [v[:, first:tokens] for v in (inp.x, inp.dt, inp.A, inp.lam, inp.theta, inp.B)]
+        tick = None if inp.tick is None else inp.tick[:, first:tokens]
+        summary = summarize(*last, B_bias_hrn=inp.B_bias, mimo_x_hrp=inp.mimo_x, tick_bth=tick)
+        state = enter(summary, inp.mimo_x)
+        pieces = 1 if cu_seqlens is None else len(cu_seqlens) - 1
+        if pieces > 1:
+            rest = self.init_state(pieces - 1, u.device, inp.x.dtype)
+            state = State(*(torch.cat(pair) for pair in zip(state[:4], rest[:4], strict=True)))
+        y, _ = run_scan(inp, self._gate(row.z), state, cu_seqlens)
+        return self.out_proj(y.flatten(-2))
+
+    def compile_coefficients(self) -> None:
+        """torch.compile what lies between in_proj and the scan: activations, norms of B and C."""
+        self._inputs = torch.compile(self._inputs)
 
     def prefill_last(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """`prefill` where y of the last token is all that is wanted: (y [b, 1, d_model], the state).

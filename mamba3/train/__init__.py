@@ -9,15 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mamba3.train.config import TrainConfig
+    from mamba3.train.data import Data
+    from mamba3.train.ranks import RankError, Ranks, join
+    from mamba3.train.recipes import Recipe, read_recipe
     from mamba3.train.report import Reporter
     from mamba3.train.run import export, prepare
     from mamba3.train.trainer import NonFiniteError, Outcome, Trainer
 
-__all__ = ["NonFiniteError", "Outcome", "Reporter", "TrainConfig", "Trainer", "export", "prepare"]
+__all__ = [
+    "Data", "NonFiniteError", "Outcome", "RankError", "Ranks", "Recipe", "Reporter", "TrainConfig", "Trainer", "export",
+    "join", "prepare", "read_recipe",
+]  # fmt: skip
 
 # Loaded on first use: the command line reads TrainConfig's defaults and must not wait for torch to show its help.
 _HOMES = {
     "TrainConfig": "config",
+    "Data": "data",
+    "RankError": "ranks",
+    "Ranks": "ranks",
+    "join": "ranks",
+    "Recipe": "recipes",
+    "read_recipe": "recipes",
     "Reporter": "report",
     "prepare": "run",
     "export": "run",

@@ -1,4 +1,4 @@
-"""A corpus: documents in a fixed order, read from a text file, a folder or JSON lines, and what is held out of them.
+"""A corpus: documents in a fixed order, from a text file, a folder, JSON lines or a dataset, and what is held out of them.
 
 Each file is one document; each line of a `.jsonl` or `.ndjson` file is one document. Law: the held-out documents depend
 on the documents' contents, their share and the seed alone (not on the tokenizer), and equal documents are never divided.
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from mamba3.train.dataset import is_dataset, read_rows
 
 JSON_LINES = (".jsonl", ".ndjson")
 
@@ -25,17 +27,21 @@ class Document(NamedTuple):
 class Corpus:
     """The documents of a path, in sorted order, read anew by each iteration.
 
-    `path`: a text file, a folder (searched recursively; `glob` narrows the file names; hidden files are left out) or a
-    file of JSON lines, whose `field` holds the text. In a folder, files that are not UTF-8 text and empty ones are
+    `path`: a text file, a folder (searched recursively; `glob` narrows the file names; hidden files are left out), a
+    file of JSON lines, whose `field` holds the text, or a dataset (`mamba3.train.dataset`), whose `split` has a `field`.
+    In a folder, files that are not UTF-8 text and empty ones are
     passed over and listed in `skipped`; a single file must be text. Raises ValueError where no document comes of it.
     """
 
-    def __init__(self, path: str | Path, *, glob: str = "", field: str = "text"):
-        self.path, self.field = Path(path), field
+    def __init__(self, path: str | Path, *, glob: str = "", field: str = "text", split: str = "train"):
+        self.path, self.field, self.split = Path(path), field, split
         self.skipped: list[str] = []
+        self.is_folder, self.dataset = False, str(path) if is_dataset(path) else None
+        if self.dataset is not None:
+            return
         if not self.path.exists():
             raise ValueError(
-                f"a corpus must exist, but {self.path} does not; give a text file, a folder or JSON lines."
+                f"a corpus must exist, but {self.path} does not; give a text file, a folder, JSON lines or hf:NAME."
             )
         self.is_folder = self.path.is_dir()
         if glob and not self.is_folder:
@@ -44,6 +50,10 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped = []
+        if self.dataset is not None:
+            rows = read_rows(self.dataset, field=self.field, split=self.split)
+            yield from (Document(f"{self.dataset}[{i}]", text) for i, text in enumerate(rows) if text)
+            return
         for file in self.files:
             name = file.relative_to(self.path).as_posix() if self.is_folder else file.name
             if file.suffix in JSON_LINES:

@@ -1,4 +1,4 @@
-"""Loss of a batch, and perplexity and bits per byte over held-out documents."""
+"""Perplexity and bits per byte over held-out documents."""
 
 import math
 from collections.abc import Iterable
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mamba3.train.packing import Batch
+from mamba3.train.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,26 +35,33 @@ class Evaluation:
         return self.nats / math.log(2) / self.bytes if self.bytes else None
 
 
-def batch_loss(model: nn.Module, batch: Batch, dtype: torch.dtype, reduction: str = "mean") -> torch.Tensor:
-    """Cross-entropy in float32 of the packed batch; `dtype` below float32 runs the model under autocast."""
-    device = batch.inputs.device
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        logits = model(batch.inputs, cu_seqlens=batch.cu_seqlens)
-    return F.cross_entropy(logits[0].float(), batch.targets, reduction=reduction)
-
-
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, device: torch.device, dtype: torch.dtype, sizes: np.ndarray | None
+    objective: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    sizes: np.ndarray | None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
-    """Sum the loss of the batches. `sizes`: UTF-8 bytes of each token (`tokenizer.token_bytes`)."""
-    training = model.training
-    model.eval()
-    nats, tokens, size = 0.0, 0, 0
-    for batch in batches:
-        nats += batch_loss(model, batch.to(device), dtype, "sum").item()
-        tokens += batch.targets.numel()
-        if sizes is not None:
-            size += int(sizes[batch.targets.numpy()].sum())
-    model.train(training)
-    return Evaluation(nats=nats, tokens=tokens, bytes=size if sizes is not None else None)
+    """Sum the loss of the batches, which the ranks share. `sizes`: UTF-8 bytes of each token (`tokenizer.token_bytes`).
+
+    Compiled parts run as written: their graphs are for the shape of a training step.
+    """
+    ranks = ranks or Ranks()
+    training = objective.training
+    objective.eval()
+    batches = list(batches)
+    nats = torch.zeros((), dtype=torch.float64)
+    with torch.compiler.set_stance("force_eager"):
+        for first in range(
+            0, len(batches), ranks.size
+        ):  # every rank takes part in every round: parameters may be sharded
+            mine = first + ranks.rank
+            batch = batches[min(mine, len(batches) - 1)].to(device)
+            loss = objective(batch, reduction="sum")[0].cpu().double()
+            nats += loss if mine < len(batches) else 0.0
+    objective.train(training)
+    tokens = sum(batch.targets.numel() for batch in batches)
+    size = None if sizes is None else int(sum(sizes[batch.targets.numpy()].sum() for batch in batches))
+    return Evaluation(nats=ranks.total(nats).item(), tokens=tokens, bytes=size)

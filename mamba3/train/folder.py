@@ -13,19 +13,28 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in path.parent.glob(".*.tmp"):  # of a process that was killed
         shutil.rmtree(abandoned, ignore_errors=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        publish(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_of(path: Path) -> Path:
+    """Where the folder that will be `path` is filled."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Bring a filled folder to the disk in full, then rename it to `path`."""
+    for file in (*temporary.rglob("*"), temporary):
+        _sync(file)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

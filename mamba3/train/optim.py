@@ -7,6 +7,8 @@ from mamba3.train.config import TrainConfig
 
 _NEVER_DECAYED = ("dt_bias", "D")
 _BC_BIASES = ("B_bias", "C_bias")
+# What the recurrence sums over a sequence: rounding one of these to 16 bits is a drift, not noise (numerics.md).
+RECURRENT = (*_NEVER_DECAYED, *_BC_BIASES, "mimo_x", "mimo_z", "mimo_o")
 
 
 def decays(name: str, parameter: torch.Tensor, *, bc_bias: bool = False) -> bool:
@@ -30,7 +32,23 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, decay_bc_bias: bo
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
+def require_float32(model: nn.Module) -> None:
+    """The rule of mixed precision: parameters are float32 masters, those of the recurrence above all; autocast rounds copies.
+
+    Raises ValueError naming the first parameter that is not; a model in float64 is as good.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            recurrent = name.rpartition(".")[2] in RECURRENT
+            kind = "a parameter of the recurrence" if recurrent else "a parameter"
+            raise ValueError(
+                f"{kind} must be float32 while it is trained, but {name} is {str(parameter.dtype).removeprefix('torch.')}; "
+                "leave the model in float32 (model.float()) and set dtype to 'bfloat16', which computes under autocast."
+            )
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    require_float32(model)
     groups = parameter_groups(model, weight_decay=config.weight_decay, decay_bc_bias=config.decay_bc_bias)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
@@ -70,3 +88,13 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
                     "it belongs to another model."
                 )
         optimizer.state[parameter] = {kind: value.to(device=parameter.device).clone() for kind, value in state.items()}
+
+
+def empty_optimizer_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Zeros in the shapes (and shards) of AdamW's averages, by the names of `optimizer_tensors`: to load a checkpoint into."""
+    empty: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            empty[f"step/{name}"] = torch.zeros((), dtype=torch.float32)
+            empty |= {f"{kind}/{name}": torch.zeros_like(parameter.detach()) for kind in ("exp_avg", "exp_avg_sq")}
+    return empty

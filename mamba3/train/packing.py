@@ -17,14 +17,42 @@ from mamba3.train.store import Tokens
 
 
 class Batch(NamedTuple):
-    """inputs [1, T] and targets [T] (int64); cu_seqlens [S + 1] (int32), the bounds of the pieces."""
+    """inputs [b, t] and targets [b t] (int64); cu_seqlens [S + 1] (int32), the bounds of packed pieces, then b = 1.
+
+    Of rows that go on (`Streams`): rows [b], for each row the index of its first piece in the pack; goes_on [b], whether
+    that piece goes on from the state of the step before. Of a rank's part (`part_of`): parts, two flags of every rank's part,
+    whether it begins within a piece, and whether its last piece began in it.
+    """
 
     inputs: torch.Tensor
     targets: torch.Tensor
-    cu_seqlens: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    rows: torch.Tensor | None = None
+    goes_on: torch.Tensor | None = None
+    parts: tuple[list[bool], list[bool]] | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """The tensors on a device; what describes them stays on the CPU, where it is read."""
+        inputs, targets = (v.to(device, non_blocking=True) for v in self[:2])
+        return self._replace(inputs=inputs, targets=targets)
+
+
+def part_of(batch: Batch, index: int, parts: int) -> Batch:
+    """The index-th of `parts` equal runs of a packed batch's tokens. Raises ValueError where the tokens do not divide."""
+    tokens = batch.targets.numel()
+    if tokens % parts:
+        raise ValueError(
+            f"{tokens} tokens must be a multiple of the {parts} ranks that share them; change micro_tokens."
+        )
+    assert batch.cu_seqlens is not None
+    bounds, length = batch.cu_seqlens.tolist(), tokens // parts
+    spans = [(i * length, (i + 1) * length) for i in range(parts)]
+    goes_on = [begin not in bounds for begin, _ in spans]
+    inner = [[bound - begin for bound in bounds if begin < bound < end] for begin, end in spans]
+    fresh = [bool(within) or not on for within, on in zip(inner, goes_on, strict=True)]
+    begin, end = spans[index]
+    own = torch.tensor([0, *inner[index], length], dtype=torch.int32)
+    return Batch(batch.inputs[:, begin:end], batch.targets[begin:end], own, parts=(goes_on, fresh))
 
 
 class Packing:
@@ -85,11 +113,16 @@ class Packing:
         return self._epochs[epoch]
 
     def _gather(self, spans: list[tuple[int, int]]) -> Batch:
-        tokens = self.data.tokens
-        inputs = np.concatenate([tokens[start : start + length] for start, length in spans]).astype(np.int64)
-        targets = np.concatenate([tokens[start + 1 : start + 1 + length] for start, length in spans]).astype(np.int64)
-        bounds = np.cumsum([0, *(length for _, length in spans)], dtype=np.int32)
-        return Batch(torch.from_numpy(inputs)[None], torch.from_numpy(targets), torch.from_numpy(bounds))
+        return gather(self.data, spans)
+
+
+def gather(data: Tokens, spans: list[tuple[int, int]]) -> Batch:
+    """The batch of some spans (start, inputs), each within one document, packed."""
+    pieces = [data.read(start, length + 1).astype(np.int64) for start, length in spans]
+    inputs = np.concatenate([piece[:-1] for piece in pieces])
+    targets = np.concatenate([piece[1:] for piece in pieces])
+    bounds = np.cumsum([0, *(length for _, length in spans)], dtype=np.int32)
+    return Batch(torch.from_numpy(inputs)[None], torch.from_numpy(targets), torch.from_numpy(bounds))
 
 
 def _pieces(offsets: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,10 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One optimizer step. `step` counts from 1; `seconds` is the step's own wall time."""
+    """One optimizer step. `step` counts from 1; `seconds` is the step's own wall time.
+
+    skipped: why the parameters were left as they were, None for a step that was taken; skips: how many so far.
+    """
 
     step: int
     loss: float
@@ -20,6 +23,8 @@ class StepReport:
     grad_norm: float
     tokens: int
     seconds: float
+    skipped: str | None = None
+    skips: int = 0
 
 
 class Reporter:
@@ -42,6 +47,46 @@ class Reporter:
 
     def finished(self, step: int) -> None:
         """Training ended, was stopped or failed after `step`."""
+
+
+class TensorBoard(Reporter):
+    """Writes a run's figures as TensorBoard reads them and hands every event on to another reporter.
+
+    Figures beyond the step that a run resumes from are dropped. Raises ValueError where tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, then: Reporter):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("tensorboard = true needs the library: pip install 'mamba3[train]'.") from error
+        self._make, self._then = lambda step: SummaryWriter(str(folder), purge_step=step + 1), then
+
+    def note(self, message: str) -> None:
+        self._then.note(message)
+
+    def started(self, step: int, steps: int) -> None:
+        self._writer = self._make(step)
+        self._then.started(step, steps)
+
+    def stepped(self, report: StepReport) -> None:
+        figures = {"loss": report.loss, "lr": report.lr, "gradient norm": report.grad_norm, "skips": report.skips}
+        figures["tokens per second"] = report.tokens / report.seconds
+        for name, value in figures.items():
+            self._writer.add_scalar(f"train/{name}", value, report.step)
+        self._then.stepped(report)
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        self._writer.add_scalar("val/loss", evaluation.loss, step)
+        self._writer.add_scalar("val/perplexity", evaluation.perplexity, step)
+        self._then.evaluated(step, evaluation)
+
+    def saved(self, step: int, place: Path) -> None:
+        self._then.saved(step, place)
+
+    def finished(self, step: int) -> None:
+        self._writer.close()
+        self._then.finished(step)
 
 
 class Metrics:

@@ -1,34 +1,40 @@
-"""Tokens on disk: one flat memory-mapped file for training, one for validation, with the documents' offsets.
+"""Tokens on disk: memory-mapped shards for training and for validation, with the documents' offsets.
 
 A document is stored as end-of-text, its tokens, end-of-text: the first lets a model begin a document, the second lets
 it end one. A store is found again by a key of the corpus's contents, the split and the tokenizer; another key rebuilds.
+Laws: the shards do not depend on how many processes made them; no document lies in two shards.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from mamba3.train.corpus import Document, SplitCorpus
+from mamba3.train.corpus import SplitCorpus
 from mamba3.train.folder import new_folder
-from mamba3.train.tokenizer import encode, end_of_text
+from mamba3.train.tokenise import Group, encoded_groups
+from mamba3.train.tokenizer import end_of_text
 
-_FORMAT = 1
+_FORMAT = 2
 _GROUP_BYTES = 4 << 20  # documents are encoded in groups of about this size
+_INDEX = "index.json"
 PARTS = ("train", "val")
+SHARD_TOKENS = 1 << 27
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Documents end to end. `offsets` [documents + 1]: document i is tokens[offsets[i] : offsets[i + 1]]."""
+    """Documents end to end, in shards. `offsets` [documents + 1]: document i is tokens offsets[i] to offsets[i + 1]."""
 
-    tokens: np.ndarray
+    shards: Sequence[np.ndarray]
     offsets: np.ndarray
 
     @property
@@ -38,7 +44,17 @@ class Tokens:
     @property
     def targets(self) -> int:
         """Tokens that are predicted: all of a document but its first."""
-        return len(self.tokens) - self.documents
+        return int(self.offsets[-1]) - self.documents
+
+    @cached_property
+    def _bases(self) -> list[int]:
+        return np.cumsum([0, *(len(shard) for shard in self.shards)]).tolist()
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """`length` tokens from `start` on, within one shard, as the tokens of one document are."""
+        shard = bisect_right(self._bases, start) - 1
+        begin = start - self._bases[shard]
+        return self.shards[shard][begin : begin + length]
 
 
 @dataclass(frozen=True)
@@ -50,25 +66,31 @@ class TokenStore:
     key: str
 
 
-def store_key(corpus: SplitCorpus, tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(f"{_FORMAT}\n{corpus.fingerprint}\n{tokenizer.to_str()}".encode()).hexdigest()[:16]
+def store_key(corpus: SplitCorpus, tokenizer: Tokenizer, shard_tokens: int = SHARD_TOKENS) -> str:
+    facts = f"{_FORMAT}\n{shard_tokens}\n{corpus.fingerprint}\n{tokenizer.to_str()}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def open_or_build(
-    corpus: SplitCorpus, tokenizer: Tokenizer, folder: Path, on_progress: Callable[[int, int], None] | None = None
+    corpus: SplitCorpus,
+    tokenizer: Tokenizer,
+    folder: Path,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    workers: int = 1,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> TokenStore:
     """The store of this corpus and tokenizer under `folder`, tokenised now unless it is there; others are removed.
 
-    Raises OSError, with nothing left behind, if it cannot be written.
-
-    `on_progress(bytes done, bytes in all)` is told how far tokenising is.
+    `on_progress(bytes done, bytes in all)` is told how far tokenising is. workers: see `TrainConfig`.
+    Raises OSError, with nothing left behind, if it cannot be written, and ValueError for a document longer than a shard.
     """
-    key = store_key(corpus, tokenizer)
+    key = store_key(corpus, tokenizer, shard_tokens)
     place = folder / key
     if not _is_whole(place):
         try:
             with new_folder(place) as building:
-                _build(corpus, tokenizer, building, on_progress)
+                _build(corpus, tokenizer, building, on_progress, workers, shard_tokens)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -78,35 +100,62 @@ def open_or_build(
     for other in folder.iterdir():
         if other != place:
             shutil.rmtree(other, ignore_errors=True)
-    return TokenStore(_open(place, "train"), _open(place, "val"), key)
+    return TokenStore(open_part(place, "train"), open_part(place, "val"), key)
+
+
+class _Part:
+    """The shards of one part while they are written."""
+
+    def __init__(self, folder: Path, name: str, shard_tokens: int, files: ExitStack):
+        self.folder, self.name, self.limit, self.files = folder, name, shard_tokens, files
+        self.sizes: list[int] = []
+        self.offsets = [0]
+
+    def add(self, document: str, tokens: np.ndarray) -> None:
+        if len(tokens) > self.limit:
+            raise ValueError(
+                f"a document must fit into one shard of {self.limit:,} tokens, but {document} has {len(tokens):,}; raise "
+                "shard_tokens (--shard-tokens) or divide the document."
+            )
+        if not self.sizes or self.sizes[-1] + len(tokens) > self.limit:
+            self._file = self.files.enter_context((self.folder / shard_name(self.name, len(self.sizes))).open("wb"))
+            self.sizes.append(0)
+        self._file.write(tokens.tobytes())
+        self.sizes[-1] += len(tokens)
+        self.offsets.append(self.offsets[-1] + len(tokens))
 
 
 def _build(
-    corpus: SplitCorpus, tokenizer: Tokenizer, folder: Path, on_progress: Callable[[int, int], None] | None
+    corpus: SplitCorpus,
+    tokenizer: Tokenizer,
+    folder: Path,
+    on_progress: Callable[[int, int], None] | None,
+    workers: int,
+    shard_tokens: int,
 ) -> None:
     separator = end_of_text(tokenizer)
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size(with_added_tokens=True) <= 1 << 16 else np.uint32)
-    offsets: dict[str, list[int]] = {part: [0] for part in PARTS}
     done = 0
-    with ExitStack() as stack:
-        files = {part: stack.enter_context((folder / f"{part}.bin").open("wb")) for part in PARTS}
-        for group in _groups(corpus):
-            encoded = encode(tokenizer, [document.text for document, _ in group])
+    with ExitStack() as files:
+        parts = {name: _Part(folder, name, shard_tokens, files) for name in PARTS}
+        for group, encoded in encoded_groups(_groups(corpus), tokenizer, workers, corpus.bytes):
             for (document, held_out), ids in zip(group, encoded, strict=True):
-                part = "val" if held_out else "train"
                 stored = np.concatenate([[separator], ids, [separator]]).astype(dtype)
-                files[part].write(stored.tobytes())
-                offsets[part].append(offsets[part][-1] + len(stored))
+                parts["val" if held_out else "train"].add(document.name, stored)
                 done += len(document.text.encode())
             if on_progress is not None:
                 on_progress(done, corpus.bytes)
-    for part in PARTS:
-        np.save(folder / f"{part}.offsets.npy", np.array(offsets[part], dtype=np.int64))
-    sizes = {part: offsets[part][-1] for part in PARTS}
-    (folder / "index.json").write_text(json.dumps({"dtype": dtype.name, "tokens": sizes}))
+    for name, part in parts.items():
+        np.save(folder / f"{name}.offsets.npy", np.array(part.offsets, dtype=np.int64))
+    sizes = {name: part.sizes for name, part in parts.items()}
+    (folder / _INDEX).write_text(json.dumps({"dtype": dtype.name, "tokens": sizes}))
 
 
-def _groups(corpus: Iterable[tuple[Document, bool]]) -> Iterable[list[tuple[Document, bool]]]:
+def shard_name(part: str, number: int) -> str:
+    return f"{part}-{number:05d}.bin"
+
+
+def _groups(corpus: SplitCorpus) -> Iterable[Group]:
     group, size = [], 0
     for document, held_out in corpus:
         group.append((document, held_out))
@@ -120,20 +169,23 @@ def _groups(corpus: Iterable[tuple[Document, bool]]) -> Iterable[list[tuple[Docu
 
 def _is_whole(place: Path) -> bool:
     """Whether every file of a store is there in the size its index states."""
-    index = place / "index.json"
+    index = place / _INDEX
     if not index.is_file():
         return False
     stated = json.loads(index.read_text())
     width = np.dtype(stated["dtype"]).itemsize
-    files = {place / f"{part}.bin": stated["tokens"][part] * width for part in PARTS}
+    files = {
+        place / shard_name(part, i): size * width for part in PARTS for i, size in enumerate(stated["tokens"][part])
+    }
     return all(file.is_file() and file.stat().st_size == size for file, size in files.items()) and all(
         (place / f"{part}.offsets.npy").is_file() for part in PARTS
     )
 
 
-def _open(place: Path, part: str) -> Tokens:
-    dtype = np.dtype(json.loads((place / "index.json").read_text())["dtype"])
-    offsets = np.load(place / f"{part}.offsets.npy")
-    if offsets[-1] == 0:  # an empty file cannot be mapped
-        return Tokens(np.empty(0, dtype), offsets)
-    return Tokens(np.memmap(place / f"{part}.bin", dtype=dtype, mode="r"), offsets)
+def open_part(place: Path, part: str) -> Tokens:
+    """The memory-mapped shards of "train" or "val" in a store's folder."""
+    index = json.loads((place / _INDEX).read_text())
+    dtype = np.dtype(index["dtype"])
+    names = (shard_name(part, i) for i in range(len(index["tokens"][part])))
+    shards = [np.memmap(place / name, dtype=dtype, mode="r") for name in names]
+    return Tokens(shards, np.load(place / f"{part}.offsets.npy"))

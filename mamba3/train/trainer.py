@@ -1,10 +1,11 @@
 """The loop: batch, loss, gradient, step; validation, checkpoints and what is reported about them.
 
-Law: the state after step k is a function of (model, data, configuration, k) alone, so a run that was killed and resumed
-has bitwise the losses of one that was not (same machine, same number of threads; on a GPU where PyTorch's operations are
-deterministic, which `torch.use_deterministic_algorithms(True)` makes them).
+Law: the state after step k is a function of (model, data, configuration, ranks, k) alone, so a run that was killed and
+resumed has bitwise the losses of one that was not (same machine, same number of threads; on a GPU where PyTorch's operations
+are deterministic, which `torch.use_deterministic_algorithms(True)` makes them).
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -15,21 +16,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
 
-from mamba3.train import checkpoint
+from mamba3.lm.state import LMState
+from mamba3.train import checkpoint, saver
+from mamba3.train.carried import empty_carried, pack_carried, unpack_carried
 from mamba3.train.config import TrainConfig
-from mamba3.train.evaluate import Evaluation, batch_loss, evaluate
-from mamba3.train.optim import build_optimizer
-from mamba3.train.packing import Packing
+from mamba3.train.data import Data
+from mamba3.train.evaluate import Evaluation, evaluate
+from mamba3.train.objective import Objective
+from mamba3.train.optim import build_optimizer, empty_optimizer_tensors, optimizer_tensors, restore_optimizer
 from mamba3.train.plot import can_plot, plot_loss
-from mamba3.train.report import METRICS, Metrics, Reporter, StepReport
-from mamba3.train.schedule import learning_rate
+from mamba3.train.ranks import Ranks, collective, gradients_summed, spread, whole
+from mamba3.train.report import METRICS, Metrics, Reporter, StepReport, TensorBoard
+from mamba3.train.saver import Saver
+from mamba3.train.schedule import configured_rate
+from mamba3.train.watch import Watch
 
 CURVE = "loss.png"
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is not a number: the step was not taken."""
+    """Too many steps in a row that would have spoilt the model: none of them was taken."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +51,19 @@ class Outcome:
 
 
 class Trainer:
-    """Trains `model` on `train`, from step `step` on, into the folder `run`.
+    """Trains `model` on `data`, from step `step` on, into the folder `run`.
 
     Args:
-        model: called as model(ids [1, T], cu_seqlens=...) -> logits [1, T, V]; `save_pretrained(folder)`.
-        train, val: packed documents; `val` None trains without validation.
+        model: called as model(ids [b, t]) or model(ids [1, t], cu_seqlens=...) -> logits [b, t, V]; `save_pretrained(folder)`;
+            its blocks in `layers`. A `Mamba3LM`, or what behaves so; layouts that carry a state need a `Mamba3LM`.
+        data: the batches of each step, and what is held out.
         token_sizes: UTF-8 bytes of each token, for bits per byte.
         identity: what makes the run this run; a checkpoint carries it.
         extra_files: copied into each checkpoint (the tokenizer).
-        resume_from: the checkpoint, verified, that `model` was loaded from.
+        resume_from: the checkpoint, verified, to go on from.
+        ranks: the processes that train together; each makes its own Trainer.
+
+    Raises ValueError for parameters that are not float32 masters.
     """
 
     def __init__(
@@ -60,128 +72,168 @@ class Trainer:
         config: TrainConfig,
         run: Path,
         *,
-        train: Packing,
-        val: Packing | None = None,
+        data: Data,
         token_sizes: np.ndarray | None = None,
         identity: dict[str, Any] | None = None,
         extra_files: tuple[Path, ...] = (),
         device: torch.device | str = "cpu",
         reporter: Reporter | None = None,
         resume_from: Path | None = None,
+        ranks: Ranks | None = None,
     ):
-        self.model, self.config, self.folder = model.to(device), config, run
-        self.train, self.val, self.token_sizes = train, val, token_sizes
-        self.identity, self.extra_files = identity or {}, extra_files
-        self.device, self.dtype = torch.device(device), getattr(torch, config.dtype)
+        self.config, self.folder, self.data, self.token_sizes = config, run, data, token_sizes
+        self.device, self.ranks, self.extra_files = torch.device(device), ranks or Ranks(), extra_files
         self.reporter = reporter or Reporter()
+        self.saver = Saver(
+            run, model, identity=identity or {}, extra_files=extra_files, keep=config.keep, ranks=self.ranks,
+            on_saved=self._saved,
+        )  # fmt: skip
+        if config.tensorboard and self.ranks.first:
+            self.reporter = TensorBoard(run / "tensorboard", self.reporter)
+        self.model = model.to(self.device)
+        objective = Objective(model, getattr(torch, config.dtype), self.ranks)
+        self.objective = self._spread(objective)
         self.optimizer = build_optimizer(model, config)
-        self.step = 0
+        self.step, self.watch = 0, Watch(config.spike)
+        self.carried: dict[int, LMState] = {}  # by the number of the forward pass within a step
         self.saved_step: int | None = None
         if resume_from is not None:
             self._restore(resume_from)
 
+    def _spread(self, objective: Objective) -> nn.Module:
+        """Recompute, compile, spread over ranks: in this order, so that each takes hold of the one before."""
+        blocks: list[nn.Module] = list(getattr(self.model, "layers", ()))
+        if self.config.recompute:
+            for block in blocks:
+                block.forward = functools.partial(
+                    recompute, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
+        if self.config.compile:
+            self.model.compile_around_scan()  # pyright: ignore[reportCallIssue]
+        return spread(objective, blocks, self.config.parallel, self.ranks, self.device)
+
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
         """Train to the end, or until `should_stop()` is true between two steps; a checkpoint is saved either way.
 
-        Raises NonFiniteError before a step that would spoil the model, CheckpointError if the disk takes no checkpoint;
-        the checkpoints that were there are intact.
+        Raises NonFiniteError where steps are skipped one after another, CheckpointError if the disk takes no checkpoint,
+        RankError if another rank ended; the checkpoints that were there are intact.
         """
         config, loss, validation, stopped = self.config, None, None, False
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = Metrics(self.folder / METRICS, after_step=self.step or -1)  # a new run keeps nothing
-        self.model.train()
+        self.metrics = None
+        if self.ranks.first:
+            self.metrics = Metrics(self.folder / METRICS, after_step=self.step or -1)  # a new run keeps nothing
+        self.objective.train()
         self.reporter.started(self.step, config.steps)
         try:
-            if self.step == 0:
-                validation = self._validate()
-            while self.step < config.steps:
-                stopped = should_stop()
-                if stopped:
-                    break
-                loss = self._take_step()
-                if self._due(config.eval_every):
+            with collective():
+                if self.step == 0:
                     validation = self._validate()
-                if self._due(config.save_every):
+                while self.step < config.steps:
+                    stopped = self.ranks.agree(should_stop())
+                    if stopped:
+                        break
+                    loss = self._take_step()
+                    self.saver.poll()
+                    if self._due(config.eval_every):
+                        validation = self._validate()
+                    if self._due(config.save_every):
+                        self._save()
+                self.saver.wait()
+                if self.step and self.saved_step != self.step:
                     self._save()
-            if self.step and self.saved_step != self.step:
-                self._save()
+                    self.saver.wait()
         finally:
-            self.metrics.close()
+            self.saver.close()
+            if self.metrics is not None:
+                self.metrics.close()
             self.reporter.finished(self.step)
-        self._draw()
+        if self.ranks.first:
+            self._draw()
         return Outcome(self.step, stopped, loss, validation)
 
     def _take_step(self) -> float:
         began = time.perf_counter()
-        config = self.config
-        rate = learning_rate(
-            self.step,
-            peak=config.lr,
-            warmup=config.warmup_steps,
-            steps=config.steps,
-            floor=config.lr * config.min_lr_fraction,
-        )
+        rate = configured_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = self.train.batch(self.step).to(self.device)
-        loss = batch_loss(self.model, batch, self.dtype)
-        value = loss.item()
-        self._require_finite("loss", value)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf).item()
-        self._require_finite("gradient norm", norm)
-        self.optimizer.step()
+        loss, carried = self._gradients()
+        limit = self.config.clip_norm or math.inf
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit)).item()
+        skipped = self.watch.judge(loss, norm)
+        if skipped is None:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        report = StepReport(
-            step=self.step,
-            loss=value,
-            lr=rate,
-            grad_norm=norm,
-            tokens=batch.targets.numel(),
-            seconds=time.perf_counter() - began,
-        )
-        self.metrics.step(report)
-        self.reporter.stepped(report)
-        return value
+        self.carried = carried if skipped is None else {}  # a state of such a step may not be a number either
+        self._report(loss, rate, norm, skipped, time.perf_counter() - began)
+        return loss
 
-    def _require_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
+    def _gradients(self) -> tuple[float, dict[int, LMState]]:
+        """The mean loss of the step over all passes and ranks, its gradient left in the parameters; the rows' states."""
+        total, carried = torch.zeros((), dtype=torch.float64), {}
+        passes = self.data.passes(self.step)
+        for i, (number, batch) in enumerate(passes):
+            with gradients_summed(self.objective, i == len(passes) - 1):
+                loss, state = self.objective(batch.to(self.device), self.carried.get(number))
+                (loss / len(passes)).backward()
+            total += loss.detach().cpu().double() / len(passes)
+            if state is not None:
+                carried[number] = state
+        return self.ranks.mean(total).item(), carried
+
+    def _report(self, loss: float, rate: float, norm: float, skipped: str | None, seconds: float) -> None:
+        report = StepReport(
+            step=self.step, loss=loss, lr=rate, grad_norm=norm, tokens=self.config.batch_tokens, seconds=seconds,
+            skipped=skipped, skips=self.watch.skipped,
+        )  # fmt: skip
+        if self.metrics is not None:
+            self.metrics.step(report)
+        self.reporter.stepped(report)
+        if self.watch.in_a_row >= self.config.max_skipped:
             kept = "no checkpoint was written yet" if self.saved_step is None else f"step {self.saved_step} is saved"
+            many = (
+                f"{self.watch.in_a_row} steps in a row were not taken"
+                if self.watch.in_a_row > 1
+                else "it was not taken"
+            )
             raise NonFiniteError(
-                f"the {what} must be finite, but is {value} at step {self.step + 1}; the step was not taken and {kept}. "
-                f"Lower the learning rate (now at most {self.config.lr:g}) or lengthen the warm-up, and restart."
+                f"a step must lead on, but at step {self.step} {skipped}; {many} and {kept}. Lower the learning rate "
+                f"(now at most {self.config.lr:g}) or lengthen the warm-up, and restart."
             )
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
     def _validate(self) -> Evaluation | None:
-        if self.val is None:
+        batches = self.data.held_out()
+        if batches is None:
             return None
-        batches = self.val.sample(self.config.eval_tokens)
-        result = evaluate(self.model, batches, device=self.device, dtype=self.dtype, sizes=self.token_sizes)
-        self.metrics.evaluation(self.step, result)
+        result = evaluate(self.objective, batches, device=self.device, sizes=self.token_sizes, ranks=self.ranks)
+        if self.metrics is not None:
+            self.metrics.evaluation(self.step, result)
         self.reporter.evaluated(self.step, result)
         return result
 
     def _save(self) -> None:
-        place = checkpoint.save(
-            self.folder,
-            step=self.step,
-            model=self.model,
-            optimizer=self.optimizer,
-            identity=self.identity,
-            extra_files=self.extra_files,
-            keep=self.config.keep,
-        )
-        self.saved_step = self.step
-        self.reporter.saved(self.step, place)
+        tensors = optimizer_tensors(self.model, self.optimizer) | checkpoint.random_state()
+        tensors |= {"watch": self.watch.tensor()} | pack_carried(self.carried)
+        self.saver.save(self.step, self.model, tensors)
+
+    def _saved(self, step: int, place: Path) -> None:
+        self.saved_step = step
+        self.reporter.saved(step, place)
 
     def _restore(self, place: Path) -> None:
         card = checkpoint.read_card(place)
         self.step = self.saved_step = card.step
-        checkpoint.restore_training(place, self.model, self.optimizer)
+        tensors = empty_optimizer_tensors(self.model) | checkpoint.random_state() | {"watch": self.watch.tensor()}
+        carried = empty_carried(saver.stored_tensors(place), self.data.numbers())
+        saver.restore(place, tensors | carried, self.ranks, self.model)
+        self.carried = unpack_carried(carried, self.device)
+        self.watch.restore(tensors.pop("watch"))
+        restore_optimizer(self.model, self.optimizer, {k: v for k, v in tensors.items() if not k.startswith("random/")})
+        checkpoint.restore_random_state(tensors)
         if card.threads != torch.get_num_threads():
             self.reporter.note(
                 f"{place.name} was written with {card.threads} CPU threads, this process has {torch.get_num_threads()}: "

@@ -155,7 +155,8 @@ def test_ctrl_c_saves_a_checkpoint_and_exits_with_130(tmp_path):
     ],
 )
 def test_sizes_become_a_configuration(preset, layers, every, shape, expected):
-    config = model_config(300, preset, layers, every, shape)
+    chosen = {"preset": preset, "layers": layers, "attention_every": every, **shape}
+    config = model_config(300, {key: value for key, value in chosen.items() if value is not None})
     found = config.to_dict() | {
         "layers": len(config.layers), "attention": [i for i, kind in enumerate(config.layers) if kind == "attention"]
     }  # fmt: skip

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mamba3.cli.train import model_config
 from mamba3.lm import Mamba3Config, Mamba3LM
 from mamba3.train.config import TrainConfig
 from mamba3.train.optim import build_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
-from mamba3.train.schedule import learning_rate
+from mamba3.train.recipes import RECIPES, read_recipe
+from mamba3.train.schedule import configured_rate, learning_rate
 from mamba3.train.tokenizer import (
     TextStream,
     byte_tokenizer,
@@ -58,6 +60,13 @@ def test_config_is_frozen_and_keyword_only():
         ({"vocab_size": 256, "tokenizer": "bpe"}, "at least 257"),
         ({"val_fraction": 1.0}, "val_fraction must be"),
         ({"keep": 0}, "keep must be"),
+        ({"batch_tokens": 4096, "micro_tokens": 1000}, "micro_tokens must be 0 or a divisor of batch_tokens = 4096"),
+        ({"layout": "rows", "seq_len": 500}, "multiples of seq_len = 500, whole rows"),
+        ({"layout": "streams"}, "layout must be one of packed, rows, carry"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, wsd"),
+        ({"decay_fraction": 0.0}, "decay_fraction must be above 0"),
+        ({"layout": "carry", "context_parallel": 2}, "set layout to 'packed'"),
+        ({"parallel": "tp"}, "parallel must be one of ddp, fsdp"),
     ],
 )
 def test_values_that_cannot_be_used_are_named(values, law):
@@ -71,10 +80,28 @@ def test_text_that_is_no_configuration_is_refused(tmp_path):
     with pytest.raises(ValueError, match="came as list"):
         TrainConfig.from_json("[]")
     with pytest.raises(ValueError, match="does not exist"):
-        TrainConfig.read(tmp_path / "absent.json")
-    (tmp_path / "bad.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match=r"bad\.json: .*no field 'a'"):
-        TrainConfig.read(tmp_path / "bad.json")
+        read_recipe(None, tmp_path / "absent.json")
+    for text, law in (('{"a": 1}', "no field 'a'"), ('{"model": 3}', "must be JSON objects"), ("{", "must be JSON")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"bad\.json: .*{law}"):
+            read_recipe(None, tmp_path / "bad.json")
+    with pytest.raises(ValueError, match=r"recipe must be one of laptop, small, paper-180m, .* but is 'large'"):
+        read_recipe("large")
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_recipe_is_a_configuration_file_and_builds_its_model(name, tmp_path):
+    recipe = read_recipe(name)
+    (tmp_path / "run.json").write_text(recipe.to_json())
+    again = read_recipe(None, tmp_path / "run.json")
+    assert (again.train, again.model) == (recipe.train, recipe.model)
+    (tmp_path / "less.json").write_text(json.dumps({"recipe": name, "steps": 20_000, "model": {"d_state": 16}}))
+    less = read_recipe(None, tmp_path / "less.json")
+    assert less.train == dataclasses.replace(recipe.train, steps=20_000) and less.model == {
+        **recipe.model,
+        "d_state": 16,
+    }
+    assert model_config(300, less.model).d_state == 16
 
 
 def test_trajectory_leaves_out_bookkeeping_alone():
@@ -100,12 +127,36 @@ def test_schedule_rises_to_the_peak_and_falls_to_the_floor(steps, data):
         assert len(fall) == 1 or fall[len(fall) // 2] == pytest.approx(1.25)
 
 
+@given(st.integers(4, 300), st.floats(0.05, 1.0))
+@settings(max_examples=60, deadline=None)
+def test_warmup_stable_decay_is_a_plateau_and_a_line(steps, fraction):
+    config = TrainConfig(
+        steps=steps, warmup_steps=2, schedule="wsd", decay_fraction=fraction, lr=2.0, min_lr_fraction=0.25
+    )
+    rates = [configured_rate(config, k) for k in range(steps)]
+    falling = max(min(round(fraction * steps), steps - 3), 1)
+    assert rates[2 : steps - falling] == pytest.approx([2.0] * (steps - falling - 2))
+    assert rates[-1] == pytest.approx(0.5)
+    drops = [a - b for a, b in zip(rates[steps - falling - 1 :], rates[steps - falling :], strict=False)]
+    assert drops == pytest.approx([1.5 / falling] * falling)
+
+
 # -- parameter groups
 
 
 def tiny(**overrides) -> Mamba3LM:
     values = dict(vocab_size=257, d_model=32, layers=("mamba3", "attention"), attn_heads=2, d_state=16, headdim=16)
     return Mamba3LM(Mamba3Config(**{**values, **overrides}))
+
+
+@pytest.mark.parametrize("name", ["dt_bias", "B_bias", "in_proj.weight"])
+def test_parameters_that_are_not_float32_masters_are_refused_by_name(name):
+    model = tiny()
+    parameter = model.get_parameter(f"layers.0.mixer.{name}")
+    parameter.data = parameter.data.bfloat16()
+    kind = "a parameter of the recurrence must" if "bias" in name else "a parameter must"
+    with pytest.raises(ValueError, match=rf"^{kind} be float32 .* layers\.0\.mixer\.{name} is bfloat16; .*autocast"):
+        build_optimizer(model, TrainConfig())
 
 
 def names_of(model, group):

@@ -24,7 +24,7 @@ def write_lines(path, documents):
 def tokens_of(lengths) -> Tokens:
     """Documents of the given lengths; every token is distinct, so that a target says where it is from."""
     offsets = np.cumsum([0, *lengths])
-    return Tokens(np.arange(offsets[-1], dtype=np.uint32), offsets)
+    return Tokens([np.arange(offsets[-1], dtype=np.uint32)], offsets)
 
 
 # -- corpus
@@ -130,14 +130,14 @@ def test_store_holds_every_document_between_separators(tmp_path):
     store = open_or_build(corpus, tokenizer, tmp_path / "data")
     end = end_of_text(tokenizer)
     found = {
-        out: [part.tokens[a:b].tolist() for a, b in pairwise(part.offsets)]
+        out: [part.read(a, b - a).tolist() for a, b in pairwise(part.offsets)]
         for out, part in ((False, store.train), (True, store.val))
     }
     expected = {True: [], False: []}
     for document, out in corpus:
         expected[out].append([end, *document.text.encode(), end])
     assert found == expected
-    assert store.train.tokens.dtype == np.uint16
+    assert store.train.shards[0].dtype == np.uint16
 
 
 def test_store_is_reused_rebuilt_when_stale_and_mended_when_cut_short(tmp_path):
@@ -153,7 +153,7 @@ def test_store_is_reused_rebuilt_when_stale_and_mended_when_cut_short(tmp_path):
     assert built
     again, built = build()
     assert not built and again.key == first.key
-    binary = tmp_path / "data" / first.key / "train.bin"
+    binary = tmp_path / "data" / first.key / "train-00000.bin"
     whole = binary.read_bytes()
     binary.write_bytes(whole[:-2])
     assert build()[1] and binary.read_bytes() == whole
@@ -205,7 +205,7 @@ def test_the_batch_of_a_step_does_not_depend_on_the_steps_before(sizes, seq_len,
     straight = [one.batch(step) for step in range(7)]
     for step in (6, 0, 3):
         fresh = Packing(data, seq_len=seq_len, batch_tokens=batch_tokens, seed=1).batch(step)
-        assert all(a.equal(b) for a, b in zip(straight[step], fresh, strict=True))
+        assert all(a.equal(b) for a, b in zip(straight[step][:3], fresh[:3], strict=True))
 
 
 def test_order_depends_on_seed_and_epoch():
@@ -237,4 +237,4 @@ def test_a_sample_is_always_the_same_distinct_targets(sizes, seq_len, batch_toke
 
 def test_documents_without_targets_are_refused():
     with pytest.raises(ValueError, match="at least one token"):
-        Packing(Tokens(np.empty(0, np.uint16), np.zeros(1, np.int64)), seq_len=4, batch_tokens=4, seed=0)
+        Packing(Tokens([], np.zeros(1, np.int64)), seq_len=4, batch_tokens=4, seed=0)

@@ -18,7 +18,8 @@ import torch
 from mamba3.lm import Mamba3Config, Mamba3LM
 from mamba3.train import NonFiniteError, Reporter, TrainConfig, checkpoint, export, plot, prepare, trainer
 from mamba3.train.checkpoint import CheckpointError
-from mamba3.train.evaluate import batch_loss, evaluate
+from mamba3.train.evaluate import evaluate
+from mamba3.train.objective import Objective, batch_loss
 from mamba3.train.packing import Batch
 from mamba3.train.report import read_metrics
 
@@ -104,12 +105,13 @@ def test_packed_loss_is_the_mean_over_the_documents_alone():
 
 def test_evaluation_does_not_depend_on_the_batches_and_leaves_the_model_training(corpus, tmp_path):
     made, _ = train(corpus, tmp_path / "run", stop_after=1)
-    assert made.val is not None
+    val = made.data.val
+    assert val is not None
     sizes = made.token_sizes
     results = []
     for batch_tokens in (16, 50, 1000):
-        made.val.batch_tokens = batch_tokens
-        results.append(evaluate(made.model, made.val.sample(), device=made.device, dtype=torch.float32, sizes=sizes))
+        val.batch_tokens = batch_tokens
+        results.append(evaluate(made.objective, val.sample(), device=made.device, sizes=sizes))
     assert len({r.tokens for r in results}) == len({r.bytes for r in results}) == 1
     assert [r.nats for r in results] == pytest.approx([results[0].nats] * 3, rel=1e-5)
     assert results[0].bits_per_byte == pytest.approx(results[0].nats / math.log(2) / results[0].bytes)
@@ -128,14 +130,60 @@ def test_without_held_out_documents_nothing_is_validated(corpus, tmp_path):
     assert {line["kind"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")} == {"step"}
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_checkpoint(corpus, tmp_path, monkeypatch):
+def spoil(monkeypatch, made, at, by):
+    """The loss of the steps `at` (0 the first) is multiplied by `by`."""
+    whole = Objective.forward
+
+    def forward(self, *arguments, **settings):
+        loss, state = whole(self, *arguments, **settings)
+        return loss * (by if self.training and made.step in at else 1.0), state
+
+    monkeypatch.setattr(Objective, "forward", forward)
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_reported(corpus, tmp_path, monkeypatch):
     made = prepare(corpus, tmp_path / "run", CONFIG, shape)
-    whole = trainer.batch_loss
-    monkeypatch.setattr(trainer, "batch_loss", lambda *a, **k: whole(*a, **k) * (math.nan if made.step == 6 else 1.0))
-    with pytest.raises(NonFiniteError, match=r"is nan at step 7; the step was not taken and step 4 is saved"):
-        made.run()
+    spoil(monkeypatch, made, (6, 8), math.nan)
+    assert made.run().step == 12
+    steps = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"]
+    assert [line["step"] for line in steps if line["skipped"]] == [7, 9]
+    assert {line["skipped"] for line in steps} == {None, "the loss is nan"} and steps[-1]["skips"] == 2
     assert all(bool(torch.isfinite(p).all()) for p in made.model.parameters())
+
+
+def test_steps_that_are_never_finite_end_the_run_and_keep_the_last_checkpoint(corpus, tmp_path, monkeypatch):
+    made = prepare(corpus, tmp_path / "run", TrainConfig(**{**CONFIG.to_dict(), "max_skipped": 3}), shape)
+    spoil(monkeypatch, made, range(4, 12), math.inf)
+    before = None
+
+    def stop():
+        nonlocal before
+        if made.step == 4:
+            before = [p.detach().clone() for p in made.model.parameters()]
+        return False
+
+    with pytest.raises(
+        NonFiniteError, match=r"at step 7 the loss is inf; 3 steps in a row were not taken and step 4 is"
+    ):
+        made.run(stop)
+    assert before is not None and all(a.equal(b) for a, b in zip(before, made.model.parameters(), strict=True))
     assert [place.name for place in checkpoint.list_checkpoints(tmp_path / "run")] == ["step-00000004"]
+
+
+def test_a_spike_is_skipped_and_what_is_skipped_survives_a_kill(corpus, tmp_path, monkeypatch):
+    config = TrainConfig(**{**CONFIG.to_dict(), "steps": 24, "spike": 6.0})
+    for name, parts in (("whole", (24,)), ("parts", (21, 3))):
+        for part in parts:
+            made = prepare(corpus, tmp_path / name, config, shape)
+            with monkeypatch.context() as patch:
+                spoil(patch, made, (18, 20), 3.0)
+                last = made.step + part
+                made.run(lambda made=made, last=last: made.step >= last)
+    steps = [line for line in read_metrics(tmp_path / "parts" / "metrics.jsonl") if line["kind"] == "step"]
+    assert [line["step"] for line in steps if line["skipped"]] == [19, 21] and steps[-1]["skips"] == 2
+    assert all("a spike: above" in line["skipped"] for line in steps if line["skipped"])
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
 def test_a_missing_matplotlib_is_told_once_and_the_run_goes_on(corpus, tmp_path, monkeypatch):
@@ -203,6 +251,7 @@ def test_a_finished_run_stays_finished_and_restart_begins_anew(corpus, tmp_path)
     before = losses(run)
     made, outcome = train(corpus, run)
     assert (made.step, outcome.loss, losses(run)) == (12, None, before)
+    assert (export(made) / "model.safetensors").read_bytes() == weights(run)
     with pytest.raises(ValueError, match=r"differs in train\.seed was 0, is 1"):
         prepare(corpus, run, TrainConfig(**{**CONFIG.to_dict(), "seed": 1}), shape)
     made, _ = train(corpus, run, TrainConfig(**{**CONFIG.to_dict(), "seed": 1}), start="restart")
@@ -258,7 +307,7 @@ def test_bookkeeping_may_change_between_parts(corpus, tmp_path):
 # -- damage
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "config.json", "checkpoint.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "training/__0_0.distcp", "config.json", "checkpoint.json"])
 @pytest.mark.parametrize("damage", ["truncated", "removed", "altered"])
 def test_a_damaged_checkpoint_is_refused_with_the_file_and_the_way_out(corpus, tmp_path, name, damage):
     run = tmp_path / "run"
@@ -285,7 +334,7 @@ def fail_with_full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["save_file", "_sha256", "shutil.copy", "model", "rename"])
+@pytest.mark.parametrize("where", ["async_save", "sha256_of", "shutil.copy", "model", "publish"])
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(corpus, tmp_path, monkeypatch, where):
     run = tmp_path / "run"
     train(corpus, run, stop_after=4)
@@ -293,22 +342,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(corpus, tmp_path, mo
     made = prepare(corpus, run, CONFIG, shape)
     with monkeypatch.context() as patch:
         if where == "model":
-            patch.setattr(made.model, "save_pretrained", fail_with_full_disk)
+            patch.setattr(Mamba3LM, "save_pretrained", fail_with_full_disk)
         elif where == "shutil.copy":
             patch.setattr(shutil, "copy", fail_with_full_disk)
-        elif where == "rename":
-            patch.setattr("mamba3.train.folder.os.replace", fail_with_full_disk)
         else:
-            patch.setattr(checkpoint, where, fail_with_full_disk)
-        if where == "rename":  # os.replace also puts metrics.jsonl in place: only the checkpoint shall fail
-            with pytest.raises(CheckpointError, match="is intact"):
-                made.metrics = None
-                made._save()
-        else:
-            with pytest.raises(
-                CheckpointError, match=r"step 8 could not be saved .*step-00000004 is intact.*disk is full"
-            ):
-                made.run()
+            patch.setattr(f"mamba3.train.saver.{where}", fail_with_full_disk)
+        with pytest.raises(CheckpointError, match=r"step 8 could not be saved .*step-00000004 is intact.*disk is full"):
+            made.run()
     assert before == {f: f.read_bytes() for f in (run / "checkpoints").rglob("*") if f.is_file()}
     train(corpus, run)
     train(corpus, tmp_path / "whole")
@@ -334,6 +374,7 @@ def test_a_write_that_the_system_refuses_leaves_the_last_checkpoint(corpus, tmp_
     made.step = 5
     with largest_file(1 << 13), pytest.raises(CheckpointError, match=r"step 5 could not be .*step-00000004 is intact"):
         made._save()
+        made.saver.wait()
     assert before == {f: f.read_bytes() for f in (run / "checkpoints").rglob("*") if f.is_file()}
 
 
@@ -355,7 +396,7 @@ def test_a_full_disk_elsewhere_is_told_with_the_file_and_the_run_goes_on_later(c
 
 
 def test_no_space_for_the_first_checkpoint_says_that_there_is_none(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "save_file", fail_with_full_disk)
+    monkeypatch.setattr("mamba3.train.saver.async_save", fail_with_full_disk)
     with pytest.raises(CheckpointError, match="there was no earlier checkpoint"):
         train(corpus, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())

@@ -1,0 +1,117 @@
+"""The comparison: contestants of one size and one recurrence, the driver whole, stopped, gone on with and given back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+RUNS = Path(__file__).parents[2] / "runs"
+FEW = ["--quick", "--kinds", "mamba3-mimo", "transformer", "--seeds", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def contestants(monkeypatch):
+    monkeypatch.syspath_prepend(str(RUNS))
+    import contestants
+
+    return contestants
+
+
+def start(out: Path, *more: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUNS.parent)}
+    command = [sys.executable, str(RUNS / "compare.py"), "--out", str(out), *FEW, *more]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_all_kinds_have_the_same_parameters_to_one_percent(contestants):
+    size = contestants.Size(vocab_size=8192)
+    counts = {}
+    for kind in contestants.KINDS:
+        if kind != "gdn":  # which is made of another library's layer
+            with torch.device("meta"):
+                counts[kind] = contestants.Contestant(kind, size).num_parameters()
+    assert 30e6 < counts["mamba3-siso"] < 31e6
+    assert all(abs(count / counts["mamba3-siso"] - 1) < 0.01 for count in counts.values()), counts
+
+
+def test_every_kind_is_causal_and_learns_from_every_parameter(contestants):
+    size = contestants.Size(vocab_size=16, d_model=32, layers=2, inner=64, headdim=16, d_state=8)
+    ids = torch.randint(0, 16, (2, 24))
+    for kind in contestants.KINDS:
+        if kind == "gdn" or kind in contestants.STATES:
+            continue
+        torch.manual_seed(0)
+        model = contestants.Contestant(kind, size)
+        logits = model(ids)
+        later = model(torch.cat([ids[:, :12], 15 - ids[:, 12:]], 1))
+        torch.testing.assert_close(logits[:, :12], later[:, :12], rtol=1e-4, atol=1e-5)
+        assert (logits[:, 12:] - later[:, 12:]).abs().max() > 1e-3, kind
+        logits.square().sum().backward()
+        idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        assert not idle, (kind, idle)
+
+
+def test_mamba2_is_its_recurrence(contestants):
+    """S_t = exp(A dt) S_{t-1} + dt x (x) B, y = S C: the scan that stands in for its kernels where there are none."""
+    torch.manual_seed(0)
+    x, dt, A = torch.randn(1, 9, 2, 4), torch.rand(1, 9, 2), -torch.rand(2)
+    B, C = torch.randn(1, 9, 8), torch.randn(1, 9, 8)
+    S, expected = torch.zeros(1, 2, 4, 8), []
+    for t in range(9):
+        S = (A * dt[:, t]).exp()[..., None, None] * S + (x[:, t] * dt[:, t, :, None])[..., None] * B[:, t, None, None]
+        expected.append((S * C[:, t, None, None]).sum(-1))
+    torch.testing.assert_close(
+        contestants.SCANS["ours"](x, dt, A, B, C), torch.stack(expected, 1), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_mamba2_convolves_as_the_short_convolution_does(contestants):
+    torch.manual_seed(0)
+    layer = contestants.Mamba2(32, 8, 16)
+    u = torch.randn(2, 11, 32)
+    row = layer.in_proj(u)[..., 64:144]
+    expected, _ = layer.conv(row, layer.conv.init_state(2))
+    _, x, B, C, _ = layer.before(u)
+    torch.testing.assert_close(torch.cat([x.flatten(-2), B, C], -1), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fla", "mamba_ssm"])
+def test_the_kernels_of_others_compute_mamba2(contestants, name):
+    pytest.importorskip(name)
+    torch.manual_seed(0)
+    x, dt, A = torch.randn(2, 512, 4, 64), torch.rand(2, 512, 4) * 0.1, -torch.rand(4) * 8
+    B, C = torch.randn(2, 512, 128), torch.randn(2, 512, 128)
+    inputs = [v.cuda() for v in (x, dt, A, B, C)]
+    truth = contestants.SCANS["ours"](*inputs)
+    inputs[0], inputs[3], inputs[4] = (inputs[i].bfloat16() for i in (0, 3, 4))
+    found = contestants.SCANS[name](*inputs).float()
+    assert (found - truth).norm() / truth.norm() < 2e-2
+
+
+@pytest.mark.slow
+def test_runs_stops_and_goes_on_elsewhere(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "the same command goes on" in start(tmp_path / "a", "--seconds", "0")
+    assert json.loads((tmp_path / "a" / "compare.json").read_text())["cells"] == {}
+    assert "8 cells" in start(tmp_path / "a")
+    whole = json.loads((tmp_path / "a" / "compare.json").read_text())
+    assert [row["kind"] for row in whole["table"]] == ["mamba3-mimo", "transformer"]
+    assert all(row["seeds"] == 2 and row["test_perplexity"]["128"]["sd"] is not None for row in whole["table"])
+    assert (tmp_path / "a" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    for kind in ("mamba3-mimo", "transformer"):  # the final cells were trained at the sweep's best rate
+        swept = [c for c in whole["cells"].values() if c["kind"] == kind and not c["final"]]
+        best = min(swept, key=lambda c: c["val_loss"])["rate"]
+        assert {c["rate"] for c in whole["cells"].values() if c["kind"] == kind and c["final"]} == {best}
+    some = {name: cell for name, cell in whole["cells"].items() if not cell["final"]}
+    (tmp_path / "known.json").write_text(json.dumps({"cells": some}))
+    said = start(tmp_path / "b", "--known", str(tmp_path / "known.json"))
+    assert "8 cells" in said and "sweep" not in said.replace("sweeps", "")
+    again = json.loads((tmp_path / "b" / "compare.json").read_text())
+    assert again["table"][1]["test_perplexity"] == whole["table"][1]["test_perplexity"]

@@ -1,0 +1,84 @@
+"""The run that makes the model that ships, and the shards that its corpus travels in."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mamba3 import Mamba3LM
+from mamba3.cli.models import load_model
+
+RUNS = Path(__file__).parents[2] / "runs"
+
+
+def call(script: str, *arguments: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUNS.parent)}
+    command = [sys.executable, str(RUNS / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_both_shapes_are_one_size_and_fit_the_repository(monkeypatch):
+    monkeypatch.syspath_prepend(str(RUNS))
+    import ship
+
+    with torch.device("meta"):
+        siso, mimo = (Mamba3LM(ship.shape(8192, rank, False)).num_parameters() for rank in (1, 4))
+    assert siso > 15e6 and 2 * max(siso, mimo) < ship.MOST_BYTES and abs(mimo / siso - 1) < 0.02
+
+
+@pytest.mark.slow
+def test_a_run_in_parts_ships_what_it_measured(tmp_path):
+    out = tmp_path / "ship"
+    said = call("ship.py", "--out", str(out), "--quick", "--steps", "30", "--seconds", "0")
+    assert "step 1 of 30" in said and "not all is done" in said
+    assert "unfinished: step 1 of 30" in (out / "model" / "README.md").read_text()
+    said = call("ship.py", "--out", str(out), "--quick", "--steps", "30")
+    assert "step 30 of 30" in said and "not all is done" not in said
+    result = json.loads((out / "model" / "result.json").read_text())
+    assert result["step"] == 30 and result["test"]["64"]["perplexity"] < 200  # 257 is knowing nothing
+    again = call("ship.py", "--out", str(out), "--quick")  # a finished run delivers the same once more
+    assert json.loads((out / "model" / "result.json").read_text())["test"] == result["test"], again
+    card = (out / "model" / "README.md").read_text()
+    assert f"{result['test']['64']['perplexity']:.2f}" in card and f"{result['parameters']:,} parameters" in card
+    model, _ = load_model(out / "model", None, "cpu", None)
+    assert {p.dtype for name, p in model.named_parameters() if "weight" in name} == {torch.bfloat16}
+
+
+def test_shards_travel_in_several_journeys(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(RUNS))
+    import books
+
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name, count in (("train_00", 6), ("train_01", 5), ("val", 2), ("test", 2)):
+        lines = ["".join(chr(97 + c) for c in rng.integers(0, 20, 300)) for _ in range(count)]
+        (folder / f"books_{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+    books.build(folder, tmp_path / "tokens", 300, 700)
+    books.pack(tmp_path / "tokens", tmp_path / "packed")
+    whole = books.read(tmp_path / "tokens", "train")
+    assert len(whole.shards) > 3
+    last = sorted((tmp_path / "packed").glob("train.train-*.xz"))[-1]
+    waiting = last.rename(tmp_path / last.name)
+    books.unpack(tmp_path / "packed", tmp_path / "there")
+    part = books.read(tmp_path / "there", "train")
+    assert (
+        0 < part.documents < whole.documents and part.offsets.tolist() == whole.offsets[: part.documents + 1].tolist()
+    )
+    for file in (tmp_path / "packed").glob("*.xz"):
+        file.unlink()
+    waiting.rename(last)
+    books.unpack(tmp_path / "packed", tmp_path / "there")
+    found = books.read(tmp_path / "there", "train")
+    assert all(a.tolist() == b.tolist() for a, b in zip(found.shards, whole.shards, strict=True))
+    assert (
+        books.read(tmp_path / "there", "test").offsets.tolist()
+        == books.read(tmp_path / "tokens", "test").offsets.tolist()
+    )
