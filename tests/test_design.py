@@ -17,10 +17,11 @@ MAY_IMPORT = {
     "convert": {"ops", "nn", "lm", "convert"},
     "hf": {"ops", "nn", "lm", "hf"},
     "export": {"ops", "nn", "lm", "export"},
-    "train": {"ops", "nn", "lm", "train"},
+    "text": {"text"},
+    "train": {"ops", "nn", "lm", "text", "train"},
     "evaluate": {"ops", "nn", "lm", "evaluate"},
     "tasks": {"ops", "nn", "lm", "tasks"},
-    "cli": {"ops", "nn", "lm", "convert", "train", "evaluate", "tasks", "cli"},
+    "cli": {"ops", "nn", "lm", "convert", "train", "evaluate", "tasks", "text", "cli"},
 }
 
 
