@@ -18,10 +18,11 @@ MAY_IMPORT = {
     "hf": {"ops", "nn", "lm", "hf"},
     "export": {"ops", "nn", "lm", "export"},
     "text": {"text"},
+    "engine": {"ops", "nn", "lm", "text", "engine"},
     "train": {"ops", "nn", "lm", "text", "train"},
     "evaluate": {"ops", "nn", "lm", "evaluate"},
     "tasks": {"ops", "nn", "lm", "tasks"},
-    "cli": {"ops", "nn", "lm", "convert", "train", "evaluate", "tasks", "text", "cli"},
+    "cli": {"ops", "nn", "lm", "convert", "train", "evaluate", "tasks", "text", "engine", "cli"},
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,12 @@ class LMState:
         """The states of some sequences, in the order given; an index may repeat (beams, forks)."""
         index = torch.as_tensor(index, device=self.tokens.device)
         return self._map(lambda layer: layer.select(index), self.tokens.index_select(0, index))
+
+    @classmethod
+    def cat(cls, states: Sequence[LMState]) -> LMState:
+        """The sequences of several states in one, in order; caches of different lengths get equal room. A copy."""
+        layers = [type(parts[0]).cat(parts) for parts in zip(*(state.layers for state in states), strict=True)]
+        return cls(layers, torch.cat([state.tokens for state in states]), states[0].fingerprint)
 
     def detach(self) -> LMState:
         """The same tensors, cut off from the graph that made them."""

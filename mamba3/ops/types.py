@@ -7,7 +7,7 @@ needs. The law that tests hold it to: prefill(a + b) = prefill(b, state of prefi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -86,6 +86,12 @@ class State(NamedTuple):
         """The states of some sequences, in the order given; an index may repeat (beams, forks)."""
         index = torch.as_tensor(index, device=self.S.device)
         return self.map(lambda v: v.index_select(0, index))
+
+    @staticmethod
+    def cat(states: Sequence[State]) -> State:
+        """The sequences of several states of one layer, in order. A copy."""
+        fields = [[v for v in parts if v is not None] for parts in zip(*states, strict=True)]
+        return State(*(torch.cat(parts) if parts else None for parts in fields))  # pyright: ignore[reportArgumentType]
 
     def detach(self) -> State:
         """The same tensors, cut off from the graph that made them."""

@@ -1,0 +1,12 @@
+"""The inference engine: continuous batching over states of constant size, a prefix cache, sessions (docs/serving.md)."""
+
+from mamba3.engine.config import EngineConfig
+from mamba3.engine.engine import Engine
+from mamba3.engine.llm import LLM, Completion, Result
+from mamba3.engine.request import Finish, Output, Request, SamplingParams, TokenLogprob
+from mamba3.engine.scheduler import QueueFull
+
+__all__ = [
+    "LLM", "Completion", "Engine", "EngineConfig", "Finish", "Output", "QueueFull", "Request", "Result", "SamplingParams",
+    "TokenLogprob",
+]  # fmt: skip
