@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "export": {"ops", "nn", "lm", "export"},
     "text": {"text"},
     "engine": {"ops", "nn", "lm", "text", "engine"},
+    "serve": {"ops", "nn", "lm", "text", "engine", "serve"},
     "train": {"ops", "nn", "lm", "text", "train"},
     "evaluate": {"ops", "nn", "lm", "evaluate"},
     "tasks": {"ops", "nn", "lm", "tasks"},
-    "cli": {"ops", "nn", "lm", "convert", "train", "evaluate", "tasks", "text", "engine", "cli"},
+    "cli": {"ops", "nn", "lm", "convert", "train", "evaluate", "tasks", "text", "engine", "serve", "cli"},
 }
 
 

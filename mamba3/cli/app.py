@@ -16,6 +16,7 @@ from mamba3.cli.eval import evaluate
 from mamba3.cli.generate import generate
 from mamba3.cli.info import info
 from mamba3.cli.interrupt import INTERRUPTED
+from mamba3.cli.serve import serve
 from mamba3.cli.task import task_app
 from mamba3.cli.train import train
 
@@ -41,7 +42,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, generate, info, convert, demo):
+for command in (train, generate, serve, info, convert, demo):
     app.command()(command)
 app.command("eval")(evaluate)
 # What follows `bench` is for the benchmarks' own command line, --help too.

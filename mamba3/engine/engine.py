@@ -88,6 +88,12 @@ class Engine:
                 outputs.append(self._finish(sequence, "aborted"))
         return outputs
 
+    def reset(self) -> None:
+        """Forget every request and every snapshot: after a step that failed, when rows may hold anything."""
+        self.cache.clear()
+        self.scheduler, self._requests = Scheduler(self.config), {}
+        self.pool = StatePool(self.model, self.config.rows, self.config.max_length)
+
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""

@@ -87,6 +87,11 @@ class SessionStore:
             return len(self._resident.keys() | self._files.keys())
 
     @property
+    def has_folder(self) -> bool:
+        """Whether sessions can be written to files."""
+        return self._folder is not None
+
+    @property
     def resident(self) -> int:
         """Sessions in memory."""
         return len(self._resident)
@@ -180,25 +185,31 @@ class SessionStore:
                 return self._files[key]
         session = self._take(owner, id)
         try:
-            path = self._path(owner, id)
-            path.parent.mkdir(exist_ok=True)
-            self._write(session, path)
+            info = self.write(session)
             with self._lock:
-                self._files[key] = SessionInfo(id, len(session.tokens), len(session.turns), path.stat().st_size, True)
                 self._resident.pop(key, None)
         finally:
             session.busy = False
-        return self.info(owner, id)
+        return info
 
     def save(self, owner: str, id: str) -> None:
         """Write the session to its file and keep it in memory."""
         with self.use(owner, id) as session:
-            if self._folder is None:
-                raise ValueError(
-                    "Saving needs a folder for sessions; give one to SessionStore (serve: --sessions FOLDER)."
-                )
-            self._path(owner, id).parent.mkdir(exist_ok=True)
-            self._write(session, self._path(owner, id))
+            self.write(session)
+
+    def write(self, session: Session) -> SessionInfo:
+        """Write a session that is in use to its file. OSError when that fails: the file is what it was before."""
+        if self._folder is None:
+            raise ValueError(
+                "Parking needs a folder for sessions; give one to SessionStore (serve: --sessions FOLDER)."
+            )
+        path = self._path(session.owner, session.id)
+        path.parent.mkdir(exist_ok=True)
+        self._write(session, path)
+        info = SessionInfo(session.id, len(session.tokens), len(session.turns), path.stat().st_size, True)
+        with self._lock:
+            self._files[_place(session.owner), session.id] = info
+        return info
 
     def export(self, owner: str, id: str) -> bytes:
         """The session as the bytes of a file, for `import_` here or in another process."""
