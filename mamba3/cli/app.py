@@ -9,6 +9,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from mamba3.cli.bench import bench
+from mamba3.cli.chat import chat
 from mamba3.cli.console import errors
 from mamba3.cli.convert import convert
 from mamba3.cli.demo import demo
@@ -42,7 +43,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, generate, serve, info, convert, demo):
+for command in (train, generate, chat, serve, info, convert, demo):
     app.command()(command)
 app.command("eval")(evaluate)
 # What follows `bench` is for the benchmarks' own command line, --help too.

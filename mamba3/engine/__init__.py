@@ -5,10 +5,10 @@ from mamba3.engine.engine import Engine
 from mamba3.engine.llm import LLM, Completion, Result
 from mamba3.engine.request import Finish, Output, Request, SamplingParams, TokenLogprob
 from mamba3.engine.scheduler import QueueFull
-from mamba3.engine.session import Session
+from mamba3.engine.session import Session, Speech
 from mamba3.engine.sessions import SessionBusy, SessionInfo, SessionStore, TooManySessions, UnknownSession
 
 __all__ = [
     "LLM", "Completion", "Engine", "EngineConfig", "Finish", "Output", "QueueFull", "Request", "Result", "SamplingParams",
-    "Session", "SessionBusy", "SessionInfo", "SessionStore", "TokenLogprob", "TooManySessions", "UnknownSession",
+    "Session", "SessionBusy", "SessionInfo", "SessionStore", "Speech", "TokenLogprob", "TooManySessions", "UnknownSession",
 ]  # fmt: skip

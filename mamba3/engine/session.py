@@ -12,12 +12,15 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from mamba3.engine.request import Request, SamplingParams
+from mamba3.engine.request import Finish, Request, SamplingParams
 from mamba3.lm import LMState, Mamba3LM
+from mamba3.text.encode import encode
 
 _RECORD = "session"  # the tensor that holds what is not a tensor, so that the checksum covers it
 
@@ -28,6 +31,13 @@ class Turn:
 
     tokens: int
     characters: int
+
+
+class Speech(NamedTuple):
+    """What is needed to write a reply down: the tokenizer, and the token that ends a text."""
+
+    tokenizer: Tokenizer
+    end_token: int
 
 
 @dataclass
@@ -75,6 +85,28 @@ class Session:
         for turn in sorted(self.states)[:-keep]:
             del self.states[turn]
 
+    def add_reply(
+        self,
+        request: Request,
+        said: str,
+        chosen: Sequence[int],
+        text: str,
+        finish: Finish,
+        speech: Speech,
+        keep: int = 8,
+    ) -> None:
+        """The turn of a `request` of this session: `said` was read, `chosen` came, of which `text` was shown.
+
+        A reply that a stop string cut, or that was broken off, is kept as it was shown, and read again by the next turn.
+        """
+        new = request.tokens[len(self.tokens) - len(request.history) :]
+        state = finish.state
+        if chosen and chosen[-1] == speech.end_token:
+            text += speech.tokenizer.id_to_token(speech.end_token) or ""
+        elif finish.reason != "length":
+            chosen, state = encode(speech.tokenizer, [text])[0].tolist(), None
+        self.add_turn([*new, *chosen], said + text, state, keep)
+
     def rewind(self, turn: int) -> None:
         """Back to the end of a turn, counted from 1; 0 is before the first. ValueError when there is no such turn."""
         if not 0 <= turn <= len(self.turns):
@@ -87,12 +119,6 @@ class Session:
     def fork(self, id: str) -> Session:
         """A session of its own with the same past. No state is copied: none is ever changed."""
         return Session(id, self.owner, list(self.tokens), self.text, list(self.turns), dict(self.states))
-
-    def shared_turns(self, text: str) -> int:
-        """The last turn with whose end the text begins."""
-        return next(
-            (t for t in range(len(self.turns), 0, -1) if text.startswith(self.text[: self.turns[t - 1].characters])), 0
-        )
 
     # -- as tensors
 

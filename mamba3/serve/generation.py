@@ -18,10 +18,9 @@ from openai.types import CompletionUsage
 from openai.types.completion_usage import PromptTokensDetails
 from pydantic import BaseModel
 
-from mamba3.engine import Output, Request, Session, TokenLogprob
+from mamba3.engine import Output, Request, Session, Speech, TokenLogprob
 from mamba3.serve.errors import body_of, error_of, of_the_caller
 from mamba3.serve.service import Service
-from mamba3.text.encode import encode
 
 _log = logging.getLogger("mamba3.serve")
 _GONE = 499  # what the log says of a request whose client left; nobody is told
@@ -117,19 +116,11 @@ class Job:
         if output.finish is not None:
             choice.reason = output.finish.reason
             if self.session is not None:
-                self._add_turn(self.session, choice, output)
-
-    def _add_turn(self, session: Session, choice: Choice, output: Output) -> None:
-        """What was said becomes the session's. Of a reply that a stop string cut, what was shown is kept, and read again."""
-        assert output.finish is not None
-        request, service = self.requests[0], self.service
-        new = request.tokens[len(session.tokens) - len(request.history) :]
-        chosen, text, state = choice.tokens, choice.text, output.finish.state
-        if chosen and chosen[-1] == service.end_token:
-            text += service.tokenizer.id_to_token(service.end_token) or ""
-        elif choice.reason == "stop":
-            chosen, state = encode(service.tokenizer, [text])[0].tolist(), None
-        session.add_turn([*new, *chosen], self.said + text, state, service.sessions.keep_turns)
+                service = self.service
+                speech, keep = Speech(service.tokenizer, service.end_token), service.sessions.keep_turns
+                self.session.add_reply(
+                    self.requests[0], self.said, choice.tokens, choice.text, output.finish, speech, keep
+                )
 
     def _end(self) -> None:
         usage, metrics = self.usage, self.service.metrics

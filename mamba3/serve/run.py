@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from types import FrameType
 
@@ -19,8 +20,10 @@ class _Server(uvicorn.Server):
     service: Service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, Ctrl-C again stops at once. (uvicorn's own way ends the process by the signal, not with 0.)"""
         self.service.draining = True  # from here on new requests are refused, also on connections that stay open
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def serve(service: Service, host: str, port: int, drain_seconds: int) -> None:
