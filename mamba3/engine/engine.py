@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mamba3.engine.config import EngineConfig
+from mamba3.engine.draft import NGramDraft, Proposer
 from mamba3.engine.prefix_cache import PrefixCache
 from mamba3.engine.request import Finish, FinishReason, Output, Request
 from mamba3.engine.runner import Runner
@@ -41,12 +42,15 @@ class Counters:
     cached_tokens: int = 0
     chosen_tokens: int = 0
     preemptions: int = 0
+    guessed_tokens: int = 0
+    right_guesses: int = 0
 
 
 class Engine:
     """Continuous batching over a pool of states.
 
-    tokenizer: for outputs with text and for stop strings. end_token: ends a continuation unless `ignore_end`.
+    tokenizer: for outputs with text and for stop strings. end_token: ends a continuation unless `ignore_end`. draft: who
+    guesses where `config.speculate` is set; an n-gram lookup if None.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Engine:
         config: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
         end_token: int | None = None,
+        draft: Proposer | None = None,
     ):
         self.model, self.config, self.end_token = model.eval(), config or EngineConfig(), end_token
         self.cache = PrefixCache(self.config.cache_bytes)
@@ -63,6 +68,7 @@ class Engine:
         self.pool = StatePool(model, self.config.rows, self.config.max_length)
         self._runner = Runner(model, exact=self.config.exact)
         self._texts = None if tokenizer is None else TextFactory(tokenizer)
+        self._draft = draft or NGramDraft()
         self._bounded = "attention" in model.config.layers
         self._requests: dict[str, list[Sequence]] = {}
 
@@ -112,10 +118,11 @@ class Engine:
         self.counters.steps += 1
         self._preempt()
         due: list[tuple[Sequence, Tensor]] = []
-        if self.scheduler.running:
+        outputs = self._speculate() if self.config.speculate and self.scheduler.running else None
+        if self.scheduler.running and outputs is None:
             logits = self._runner.step(self.scheduler.running, self.pool)
             due += zip(self.scheduler.running, logits, strict=True)
-        ready, outputs = self._admit(), []
+        ready, outputs = self._admit(), outputs or []
         pieces = self.scheduler.pieces()
         if pieces:
             ready += self._read(pieces)
@@ -241,16 +248,48 @@ class Engine:
         if row < len(running):
             running[row] = last
 
+    def _speculate(self) -> list[Output] | None:
+        """Guess what the running sequences say next, read it all, keep what is right. None when nobody has a guess."""
+        running, pool = list(self.scheduler.running), self.pool
+        room = min(self.config.speculate, pool.room) if self._bounded else self.config.speculate
+        guesses = [self._draft.propose(s, min(room, s.request.params.max_tokens - len(s.chosen) - 1)) for s in running]
+        if not any(guesses):
+            return None
+        logits, draft = self._runner.verify(running, guesses, pool)
+        counts, noted, alive = [0] * len(running), [], list(range(len(running)))
+        for place in range(logits.shape[1]):
+            choices = sample(logits[alive, place], [running[i].draws for i in alive])
+            still = []
+            for i, choice in zip(alive, choices, strict=True):
+                text, reason = self._write_down(running[i], choice)
+                noted.append((running[i], choice, text, reason))
+                counts[i] += 1
+                if reason is None and guesses[i][place : place + 1] == [choice.token]:
+                    still.append(i)
+            alive = still
+            if not alive:
+                break
+        draft.accept(counts)
+        for row, count in enumerate(counts):
+            pool.advance(row, count)
+        self.counters.guessed_tokens += sum(map(len, guesses))
+        self.counters.right_guesses += sum(counts) - len(running)
+        return [self._give_out(*note) for note in noted]
+
     def _choose(self, due: list[tuple[Sequence, Tensor]]) -> list[Output]:
         """A token for each sequence from its logits [v]."""
         if not due:
             return []
         logits = torch.stack([row for _, row in due])
         choices = sample(logits, [sequence.draws for sequence, _ in due])
-        return [self._note(sequence, choice) for (sequence, _), choice in zip(due, choices, strict=True)]
+        noted = [
+            (sequence, choice, *self._write_down(sequence, choice))
+            for (sequence, _), choice in zip(due, choices, strict=True)
+        ]
+        return [self._give_out(*note) for note in noted]
 
-    def _note(self, sequence: Sequence, choice: Choice) -> Output:
-        """Write down a token that was chosen, and end the sequence where it ends."""
+    def _write_down(self, sequence: Sequence, choice: Choice) -> tuple[str, FinishReason | None]:
+        """A token was chosen: the text that it completes, and why the sequence ends with it if it does."""
         params, token = sequence.request.params, choice.token
         sequence.logits = None
         sequence.chosen.append(token)
@@ -264,9 +303,13 @@ class Engine:
             reason = "stop"
         elif len(sequence.chosen) >= params.max_tokens or self._is_full(sequence):
             reason = "length"
+        return text, reason
+
+    def _give_out(self, sequence: Sequence, choice: Choice, text: str, reason: FinishReason | None) -> Output:
+        """What the caller hears of a token, and the end of the sequence where it ends."""
         if reason is None:
-            return self._output(sequence, token, text, choice)
-        return self._finish(sequence, reason, token, text, choice)
+            return self._output(sequence, choice.token, text, choice)
+        return self._finish(sequence, reason, choice.token, text, choice)
 
     def _is_full(self, sequence: Sequence) -> bool:
         length = len(sequence.request.history) + len(sequence.tokens) + len(sequence.chosen)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 from mamba3.engine.config import EngineConfig
+from mamba3.engine.draft import Proposer
 from mamba3.engine.engine import Engine
 from mamba3.engine.request import Output, Request, SamplingParams, TokenLogprob
 from mamba3.lm import Mamba3LM
@@ -52,10 +53,16 @@ class Result:
 class LLM:
     """A model for offline use. Without a tokenizer prompts are tokens, and so are the continuations."""
 
-    def __init__(self, model: Mamba3LM, tokenizer: Tokenizer | None = None, config: EngineConfig | None = None):
+    def __init__(
+        self,
+        model: Mamba3LM,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        draft: Proposer | None = None,
+    ):
         self.tokenizer = tokenizer
         self.end_token = None if tokenizer is None else end_of_text(tokenizer)
-        self.engine = Engine(model, config, tokenizer, self.end_token)
+        self.engine = Engine(model, config, tokenizer, self.end_token, draft)
 
     def generate(
         self,

@@ -29,6 +29,11 @@ class StatePool:
         """Bytes allocated."""
         return self._state.nbytes
 
+    @property
+    def room(self) -> int:
+        """Tokens that every used row can still take before `max_length`, beside the next one."""
+        return max(0, self.max_length - max(self._lengths[: self.used], default=0) - 1)
+
     def add(self, state: LMState) -> int:
         """Copy a state of one sequence into a free row; which one."""
         assert self.used < self.rows and state.batch_size == 1

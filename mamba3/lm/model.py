@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -174,6 +175,20 @@ class Mamba3LM(nn.Module):
         state.layers, state.tokens = layers, state.tokens.add_(1)
         return logits, state
 
+    @torch.no_grad()
+    def verify(self, input_ids: Tensor, state: LMState) -> tuple[Tensor, Draft]:
+        """Read tokens [b, t] of which the last ones may be taken back: (logits [b, t, v], draft).
+
+        The given state is not changed (caches of attention layers must have room for t more tokens) until
+        `draft.accept(counts)` moves it on by counts[i] of the tokens of row i.
+        """
+        self._check_state(state, input_ids.shape[0])
+        h, reads = self._embed(input_ids, 2), []
+        for block, layer in zip(self._blocks(), state.layers, strict=True):
+            h, read = block.run(h, lambda u, m=block.mixer, s=layer: m.verify(u, s))
+            reads.append(read)
+        return self.head(self.norm_f(h, self.embedding.weight.dtype)), Draft(self, state, reads)
+
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LMState:
@@ -284,6 +299,27 @@ class Mamba3LM(nn.Module):
             raise ValueError(f"The state has {len(state.layers)} layers but the model {len(self.layers)}.")
         if state.batch_size != batch:
             raise ValueError(f"The state holds {state.batch_size} sequences, but {batch} came in.")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens that `Mamba3LM.verify` read: the factors of each, from which the state after any number of them follows."""
+
+    model: Mamba3LM
+    state: LMState
+    reads: list[Any]
+
+    def accept(self, counts: Sequence[int]) -> LMState:
+        """The state, moved on in place by the first counts[i] tokens of each row i; the others were never read."""
+        groups: dict[int, list[int]] = {}
+        for row, count in enumerate(counts):
+            groups.setdefault(count, []).append(row)
+        groups.pop(0, None)
+        for block, read, layer in zip(self.model._blocks(), self.reads, self.state.layers, strict=True):
+            for count, rows in groups.items():
+                block.mixer.accept(read, layer, rows, count)
+        self.state.tokens += torch.tensor(counts, device=self.state.tokens.device)
+        return self.state
 
 
 def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:

@@ -166,6 +166,22 @@ class Attention(nn.Module):
         after = _append(grown, k, v)
         return self._out(_attend(q, after.k, after.v, _mask(before, 1, after.k.shape[1]))).squeeze(1), after
 
+    def verify(self, u: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        """`prefill` of tokens [b, t] of which the last ones may be taken back: y, and the state itself.
+
+        They are written behind what the cache holds, which must have room for them, and do not count yet: see `accept`.
+        """
+        q, k, v = self._project(u)
+        before, tokens = state.length.clone(), u.shape[1]
+        if state.used + tokens > state.k.shape[1]:
+            raise ValueError(f"The cache has {state.k.shape[1]} places, and {state.used + tokens} are needed; grow it.")
+        _append(state._replace(length=before.clone()), k, v)
+        return self._out(_attend(q, state.k, state.v, _mask(before, tokens, state.k.shape[1]))), state
+
+    def accept(self, read: AttentionState, state: AttentionState, rows: list[int], count: int) -> None:
+        """Let the first `count` of the tokens that `verify` read count, in some rows."""
+        state.length[torch.tensor(rows, device=state.length.device)] += count
+
     def _prefill_packed(self, u: Tensor, state: AttentionState, cu_seqlens: list[int]) -> tuple[Tensor, AttentionState]:
         lengths = [b - a for a, b in itertools.pairwise(cu_seqlens)]
         ys, states = [], []
