@@ -31,6 +31,10 @@ def serve(
     max_length: Annotated[int, typer.Option(help="tokens of one sequence of a hybrid")] = 65_536,
     max_tokens: Annotated[int, typer.Option(help="tokens chosen for a request at most")] = 4096,
     cache_mib: Annotated[int, typer.Option(help="MiB of the prefix cache; 0 for none")] = 256,
+    speculate: Annotated[
+        int, typer.Option(help="tokens guessed at a time, by --draft or by what came before; 0: none")
+    ] = 0,
+    draft: Annotated[str | None, typer.Option(help="a smaller model of the same tokenizer that guesses")] = None,
     exact: Annotated[bool, typer.Option(help="results do not depend on the batch by a single bit; slower")] = False,
     sessions: Annotated[
         Path | None, typer.Option(help="folder for sessions; without it they end with the server")
@@ -55,16 +59,17 @@ def serve(
     need_serve_extra()
     from mamba3.cli.models import load_model, pick_dtype
     from mamba3.cli.serving import find_template
-    from mamba3.engine import EngineConfig, SessionStore
+    from mamba3.engine import EngineConfig, ModelDraft, SessionStore
     from mamba3.serve import ServeConfig, Service
     from mamba3.serve.run import serve as run
 
     engine = EngineConfig(
         rows=rows, queue=queue, prefill_chunk=prefill_chunk, step_tokens=step_tokens, quantum=quantum,
-        max_length=max_length, cache_bytes=cache_mib * 2**20, exact=exact,
+        max_length=max_length, cache_bytes=cache_mib * 2**20, exact=exact, speculate=speculate,
     )  # fmt: skip
     keys = _read_keys(api_keys)
     lm, encoder = load_model(model, tokenizer, device, dtype)
+    guesser = None if draft is None else ModelDraft(load_model(draft, tokenizer or model, device, dtype)[0])
     store = SessionStore(lm, sessions, budget=session_mib * 2**20, dtype=pick_dtype(session_dtype))
     config = ServeConfig(
         model_name=name or Path(model).name,
@@ -73,7 +78,7 @@ def serve(
         per_key=per_key,
         save_turns=save_turns,
     )
-    service = Service(lm, encoder, find_template(chat_template, model, encoder), config, engine, store)
+    service = Service(lm, encoder, find_template(chat_template, model, encoder), config, engine, store, guesser)
     run(service, host, port, drain_seconds)
 
 

@@ -46,7 +46,7 @@ class Runner:
     @torch.no_grad()
     def verify(self, sequences: list[Sequence], guesses: list[list[int]], pool: StatePool) -> tuple[Tensor, Draft]:
         """Read the last token of each running sequence and a guess of what follows: logits [n, t, v], and what takes
-        back the tokens that were wrong. Shorter guesses are filled up: a filler that is right is right."""
+        back the tokens that were wrong. Shorter guesses are filled up, with what nobody looks at."""
         longest = max(map(len, guesses))
         rows = [[s.last, *g, *[0] * (longest - len(g))] for s, g in zip(sequences, guesses, strict=True)]
         state = pool.view(len(sequences), room=longest + 1)

@@ -20,7 +20,7 @@ class _Server(uvicorn.Server):
     service: Service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, Ctrl-C again stops at once. (uvicorn's own way ends the process by the signal, not with 0.)"""
+        """The first signal drains, Ctrl-C again stops at once. uvicorn's own ends the process by the signal, not with 0."""
         self.service.draining = True  # from here on new requests are refused, also on connections that stay open
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
-from mamba3.engine import Engine, EngineConfig, Session, SessionStore
+from mamba3.engine import Engine, EngineConfig, Proposer, Session, SessionStore
 from mamba3.lm import Mamba3LM
 from mamba3.serve.background import EngineThread
 from mamba3.serve.chat_template import ChatTemplate
@@ -48,13 +48,14 @@ class Service:
         config: ServeConfig | None = None,
         engine: EngineConfig | None = None,
         sessions: SessionStore | None = None,
+        draft: Proposer | None = None,
     ):
         self.tokenizer, self.template, self.config = tokenizer, template, config or ServeConfig()
         self.end_token, self.pieces = end_of_text(tokenizer), byte_pieces(tokenizer)
         self.sessions = SessionStore(model) if sessions is None else sessions
         self.saves = self.config.save_turns and self.sessions.has_folder
         self.metrics, self.draining = Metrics(), False
-        self.engine = Engine(model, engine, tokenizer, self.end_token)
+        self.engine = Engine(model, engine, tokenizer, self.end_token, draft)
         self.thread = EngineThread(self.engine, self.metrics.stepped)
         self._owners = {_hash(key): _hash(key) for key in self.config.api_keys}
         self._under_way: Counter[str] = Counter()
@@ -142,6 +143,8 @@ class Service:
         gauge("rows", "Rows of the state pool", lambda: engine.config.rows)
         gauge("pool_bytes", "Bytes of the state pool", lambda: engine.pool.nbytes)
         gauge("preemptions", "Sequences that made way for others, so far", lambda: engine.counters.preemptions)
+        gauge("guessed_tokens", "Tokens that a draft guessed, so far", lambda: engine.counters.guessed_tokens)
+        gauge("right_guesses", "Guesses that were right, so far", lambda: engine.counters.right_guesses)
         gauge("cache_bytes", "Bytes of the prefix cache", lambda: engine.cache.nbytes)
         gauge("cache_snapshots", "Snapshots in the prefix cache", lambda: len(engine.cache))
         gauge("cache_hits", "Prompts that began with a snapshot, so far", lambda: engine.cache.hits)
