@@ -69,7 +69,10 @@ def test_importing_is_light_and_has_no_effects():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("document", ["mathematics.md", "design.md", "numerics.md", "transformers.md", "evaluation.md"])
+DOCUMENTS = ("mathematics.md", "design.md", "numerics.md", "transformers.md", "evaluation.md", "serving.md")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_what_exists(document):
     """Every `ops.something.name`, file and test named in a document is there."""
     text = (ROOT / "docs" / document).read_text()

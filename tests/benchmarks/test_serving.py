@@ -16,21 +16,8 @@ def test_the_serving_subject_runs(tmp_path):
     for name in ("fastapi", "openai", "schemathesis"):
         if not importlib.util.find_spec(name):
             pytest.skip(f"this benchmark needs {name}")
-    settings = [
-        "serving",
-        "--quick",
-        "--threads",
-        "1",
-        "--seconds",
-        "4",
-        "--streams",
-        "4",
-        "--parked",
-        "20",
-        "--out",
-        str(tmp_path),
-    ]
-    done = CliRunner().invoke(app, settings)
+    settings = ["serving", "--quick", "--threads", "1", "--seconds", "4", "--streams", "4", "--parked", "20"]
+    done = CliRunner().invoke(app, [*settings, "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     (path,) = tmp_path.glob("*-serving-quick.json")
     found = json.loads(path.read_text())["results"]
