@@ -4,9 +4,9 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer
-
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from mamba3.serve import ChatTemplate
 
 _LIBRARIES = ("fastapi", "uvicorn", "prometheus_client", "openai", "jinja2")
@@ -19,7 +19,7 @@ def need_serve_extra() -> None:
         raise ValueError(f"serving needs {', '.join(missing)}; pip install 'mamba3[serve]'.")
 
 
-def find_template(given: str | None, model: str, tokenizer: Tokenizer) -> "ChatTemplate | None":
+def find_template(given: str | None, model: str, tokenizer: "Tokenizer") -> "ChatTemplate | None":
     """The template given (`plain`, or a file), else the one beside the model, else None."""
     from mamba3.cli.models import find_model
     from mamba3.serve import PLAIN, PLAIN_STOPS, ChatTemplate
