@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mamba3.engine.config import EngineConfig
-from mamba3.engine.draft import NGramDraft, Proposer
+from mamba3.engine.draft import ModelDraft, NGramDraft, Proposer
 from mamba3.engine.prefix_cache import PrefixCache
 from mamba3.engine.request import Finish, FinishReason, Output, Request
 from mamba3.engine.runner import Runner
@@ -30,6 +30,7 @@ from mamba3.engine.scheduler import Scheduler
 from mamba3.engine.sequence import Sequence, Stage
 from mamba3.engine.state_pool import StatePool
 from mamba3.engine.text import TextFactory
+from mamba3.engine.validation import check_request
 from mamba3.lm import LMState, Mamba3LM
 
 
@@ -68,6 +69,11 @@ class Engine:
         self.pool = StatePool(model, self.config.rows, self.config.max_length)
         self._runner = Runner(model, exact=self.config.exact)
         self._texts = None if tokenizer is None else TextFactory(tokenizer)
+        if isinstance(draft, ModelDraft) and draft.model.config.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"A draft needs the model's vocabulary of {model.config.vocab_size} tokens; it has "
+                f"{draft.model.config.vocab_size}. Use one trained with the same tokenizer."
+            )
         self._draft = draft or NGramDraft()
         self._bounded = "attention" in model.config.layers
         self._requests: dict[str, list[Sequence]] = {}
@@ -363,26 +369,6 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises ValueError when the request cannot be served, whatever else is under way."""
-        vocabulary, tokens = self.model.config.vocab_size, np.asarray(request.tokens, dtype=np.int64)
         if request.id in self._requests:
             raise ValueError(f"A request's id must be its own; {request.id!r} is under way.")
-        if tokens.ndim != 1 or not len(tokens):
-            raise ValueError("A prompt needs at least one token; to go on from a state, give the last token chosen.")
-        if tokens.min() < 0 or tokens.max() >= vocabulary:
-            raise ValueError(f"Tokens must lie in [0, {vocabulary}); they go from {tokens.min()} to {tokens.max()}.")
-        if request.start is not None and request.start.batch_size != 1:
-            raise ValueError(
-                f"A request starts from the state of one sequence; this one holds {request.start.batch_size}."
-            )
-        if request.start is not None and request.start.fingerprint != self.model.fingerprint():
-            raise ValueError("The state to start from was made by other weights; use the model that made it.")
-        if request.params.stop and self._texts is None:
-            raise ValueError("Stop strings need text; make the engine with a tokenizer, or give stop_tokens.")
-        outside = [t for t, _ in request.params.logit_bias if not 0 <= t < vocabulary]
-        if outside:
-            raise ValueError(f"logit_bias names tokens outside [0, {vocabulary}): {', '.join(map(str, outside[:5]))}.")
-        length = len(request.history) + len(tokens)
-        if self._bounded and length > self.config.max_length:
-            raise ValueError(
-                f"The prompt has {length} tokens, and a sequence at most {self.config.max_length} (max_length)."
-            )
+        check_request(request, self.model, self.config, has_text=self._texts is not None)

@@ -163,3 +163,8 @@ def test_n_grams_propose_what_followed_last():
     assert draft.propose(sequence, 2) == [9, 1]
     sequence.chosen += [7, 7]
     assert draft.propose(sequence, 2) == []
+
+
+def test_a_draft_of_another_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="A draft needs the model's vocabulary of 50 tokens; it has 60"):
+        Engine(model(), EngineConfig(speculate=2), draft=ModelDraft(tiny(vocab_size=60)))
