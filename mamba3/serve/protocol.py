@@ -93,6 +93,9 @@ class CompletionBody(Generation):
     def _best_of_is_n(self) -> CompletionBody:
         if self.best_of not in (None, self.n):
             raise ValueError("best_of other than n is not supported")
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        if several and len(self.prompt) * self.n > 128:
+            raise ValueError("a request may have at most 128 continuations, prompts times n")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens=0 makes sense with echo=true alone")
         if self.session is not None and (self.echo or isinstance(self.prompt, list)):

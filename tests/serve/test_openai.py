@@ -150,6 +150,7 @@ def test_settings_reach_the_sampler(server):
         ("completions", {"suffix": "x"}, "suffix"),
         ("completions", {"prompt": [999]}, None),
         ("completions", {"prompt": []}, "prompt"),
+        ("completions", {"prompt": ["x"] * 20, "n": 10}, None),
         ("completions", {"logit_bias": {"999": 1}}, None),
         ("completions", {"stream_options": {"include_usage": True}}, None),
         ("completions", {"n": 2, "session": "a"}, None),
