@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
 from torch import Tensor
 
 _GOLDEN, _FIRST, _SECOND = (v - 2**64 for v in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -23,19 +22,18 @@ def draw_key(seed: int, continuation: int, draw: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
-def _xor_shift(z: Tensor, bits: int) -> Tensor:
-    return z ^ ((z >> bits) & (2 ** (64 - bits) - 1))  # >> of a signed integer repeats the sign; the mask takes it off
+def uniform(keys: Tensor, tokens: Tensor) -> Tensor:
+    """float64 in (0, 1) for keys [b] int64 and tokens [v] or [b, v] int64: [b, v]."""
+    z = (tokens + 1).mul_(_GOLDEN) + keys[:, None]
+    for bits, factor in ((30, _FIRST), (27, _SECOND), (31, None)):
+        z ^= (z >> bits).bitwise_and_(
+            2 ** (64 - bits) - 1
+        )  # >> of a signed integer repeats the sign; the mask takes it off
+        if factor is not None:
+            z *= factor
+    return (z >> 11).bitwise_and_(2**53 - 1).double().add_(0.5).mul_(2.0**-53)
 
 
-def uniform(keys: Tensor, count: int) -> Tensor:
-    """float64 [b, count] in (0, 1) from keys [b] int64."""
-    z = keys[:, None] + torch.arange(1, count + 1, device=keys.device) * _GOLDEN
-    z = _xor_shift(z, 30) * _FIRST
-    z = _xor_shift(z, 27) * _SECOND
-    z = _xor_shift(z, 31)
-    return (((z >> 11) & (2**53 - 1)).double() + 0.5) * 2.0**-53
-
-
-def gumbel(keys: Tensor, count: int) -> Tensor:
-    """Standard Gumbel noise, float64 [b, count]."""
-    return -(-uniform(keys, count).log()).log()
+def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
+    """Standard Gumbel noise, float64, of tokens as in `uniform`."""
+    return uniform(keys, tokens).log_().neg_().log_().neg_()

@@ -6,6 +6,7 @@ seed and the draw's number alone (`engine.noise`): a row's result does not depen
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from torch import Tensor
 from mamba3.engine.noise import draw_key, gumbel
 from mamba3.engine.request import SamplingParams, TokenLogprob
 from mamba3.lm.generate import Sampling, filter_logits, penalize
+from mamba3.ops.types import wide_dtype
+
+_NARROW = 1024  # likeliest tokens that are looked at before all are
 
 
 @dataclass
@@ -60,14 +64,45 @@ def sample(logits: Tensor, rows: Sequence[Draws]) -> list[Choice]:
         if row.params.temperature > 0:
             groups[row.params.filters].append(i)
     for filters, members in groups.items():
-        index = torch.tensor(members, device=logits.device)
-        kept = filter_logits(adjusted[index].double(), filters)
-        keys = torch.tensor([rows[i].key for i in members], device=logits.device)
-        tokens[index] = (kept + gumbel(keys, kept.shape[1])).argmax(-1)
+        for part in _blocks(members, logits):
+            index = torch.tensor(part, device=logits.device)
+            kept, names = kept_logits(adjusted[index].to(wide_dtype(logits.dtype)), filters)
+            keys = torch.tensor([rows[i].key for i in part], device=logits.device)
+            best = (kept + gumbel(keys, names)).argmax(-1, keepdim=True)
+            tokens[index] = names.expand_as(kept).gather(1, best)[:, 0]
     chosen = tokens.tolist()
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     found = dict(zip(wanted, _logprobs(logits, chosen, rows, wanted), strict=True))
     return [Choice(token, found.get(i)) for i, token in enumerate(chosen)]
+
+
+def kept_logits(logits: Tensor, filters: Sampling) -> tuple[Tensor, Tensor]:
+    """Logits after temperature and filters, and the tokens they are of: [b, k] and [b, k], or [b, v] and [v].
+
+    The kept ones are those of `lm.generate.filter_logits` (but for ties at a cut). Where they are sure to be among the k
+    likeliest, no more than these is sorted and given noise, which for a large vocabulary is most of the work.
+    """
+    vocabulary = logits.shape[1]
+    everything = torch.arange(vocabulary, device=logits.device)
+    count = filters.top_k if 0 < filters.top_k < _NARROW else _NARROW
+    if count >= vocabulary or (filters.top_k == 0 and filters.top_p == 1 and filters.min_p == 0):
+        return filter_logits(logits, filters), everything
+    scaled = logits / filters.temperature
+    values, names = scaled.topk(count)
+    whole = values.logsumexp(-1, keepdim=True) if filters.top_k == count else scaled.logsumexp(-1, keepdim=True)
+    probability = (values - whole).exp()
+    before = probability.cumsum(-1) - probability
+    least = values[:, :1] + math.log(filters.min_p) if filters.min_p else torch.full_like(values[:, :1], -math.inf)
+    enough = filters.top_k == count or bool(((before[:, -1:] >= filters.top_p) | (values[:, -1:] < least)).all())
+    if not enough or filters.top_k >= _NARROW:
+        return filter_logits(logits, filters), everything
+    beyond = (before >= filters.top_p) if filters.top_p < 1 else torch.zeros_like(before, dtype=torch.bool)
+    return values.masked_fill(beyond | (values < least), -math.inf), names
+
+
+def _blocks(members: list[int], logits: Tensor) -> list[list[int]]:
+    """On a CPU one row after another, so that its numbers stay in the cache; elsewhere all at once."""
+    return [[i] for i in members] if logits.device.type == "cpu" and logits.shape[1] > _NARROW else [members]
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:

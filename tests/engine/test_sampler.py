@@ -5,7 +5,7 @@ import torch
 
 from mamba3.engine.noise import draw_key, gumbel, uniform
 from mamba3.engine.request import SamplingParams
-from mamba3.engine.sampler import Draws, sample
+from mamba3.engine.sampler import Draws, kept_logits, sample
 from mamba3.lm.generate import filter_logits, penalize
 
 LOGITS = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0], dtype=torch.float64)
@@ -41,12 +41,12 @@ def test_draws_of_one_seed_are_independent():
 
 
 def test_noise_is_uniform_over_tokens_and_keys():
-    u = uniform(torch.tensor([draw_key(0, 0, n) for n in range(200)]), 1000)
+    u = uniform(torch.tensor([draw_key(0, 0, n) for n in range(200)]), torch.arange(1000))
     assert u.min() > 0 and u.max() < 1
     for v in (u.flatten(), u[:, 0], u[:, 999], u[0]):
         counts = torch.histc(v, bins=10, min=0, max=1)
         assert chi_square(counts, torch.full((10,), 0.1, dtype=torch.float64)) < 27.9  # 9 degrees: p = 0.001
-    g = gumbel(torch.tensor([1, 2]), 100_000)
+    g = gumbel(torch.tensor([1, 2]), torch.arange(100_000))
     assert g.mean() == pytest.approx(0.5772, abs=0.01) and g.var() == pytest.approx(1.645, abs=0.03)
 
 
@@ -80,3 +80,21 @@ def test_rows_do_not_see_each_other():
     rows = [Draws(kinds[i % 4], i, i % 3, i) for i in range(40)]
     together = sample(logits, rows)
     assert together == [sample(logits[i : i + 1], [rows[i]])[0] for i in range(40)]
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 5}, {"top_k": 2000}, {"top_p": 0.5}, {"top_p": 0.999}, {"min_p": 0.2}, {"min_p": 1e-6},
+        {"top_k": 40, "top_p": 0.7, "min_p": 0.05}, {"top_p": 0.9, "min_p": 0.01}, {"top_k": 3000, "top_p": 0.8},
+    ],
+)  # fmt: skip
+def test_looking_at_the_likeliest_first_keeps_what_the_filters_keep(filters, spread):
+    """Large vocabulary, flat and peaked: the tokens kept, and their logits, are those of lm.generate's filters."""
+    logits = spread * torch.randn(3, 5000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    settings = SamplingParams(temperature=0.8, **filters).filters
+    expected = filter_logits(logits, settings)
+    kept, names = kept_logits(logits, settings)
+    found = torch.full_like(expected, -torch.inf).scatter(1, names.expand_as(kept), kept)
+    assert torch.equal(found, expected)
