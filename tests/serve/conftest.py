@@ -59,7 +59,7 @@ class Server:
                 status, found, raw = error.code, error.headers, error.read()
         return status, found, json.loads(raw) if "json" in found.get("Content-Type", "") else raw
 
-    def idle(self, seconds=10.0):
+    def idle(self, seconds=60.0):
         """Wait until nothing is under way; whether that came."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -16,6 +15,7 @@ import openai
 import pytest
 
 from mamba3.cli import main
+from mamba3.engine import Engine
 from mamba3.train.tokenizer import byte_tokenizer
 from tests.serve.conftest import lm
 
@@ -37,7 +37,10 @@ def test_a_server_told_to_stop_ends_what_is_under_way(folder, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MAMBA3_API_KEYS": "alpha", "OMP_NUM_THREADS": "1"}
     command = ["-m", "mamba3", "serve", "--model", str(folder), "--port", str(port), "--sessions", str(tmp_path / "s")]
     with subprocess.Popen(
-        [sys.executable, *command, "--rows", "2", "--no-save-turns"], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, *command, "--rows", "2", "--no-save-turns", "--drain-seconds", "200"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as process:
         for _ in range(600):
             try:
@@ -54,15 +57,15 @@ def test_a_server_told_to_stop_ends_what_is_under_way(folder, tmp_path):
             asked.add_header("Content-Type", "application/json")
             urllib.request.urlopen(asked).close()
             stream = client.completions.create(
-                model="model", prompt="a secret prompt", max_tokens=300, stream=True, logit_bias={"256": -100},
+                model="model", prompt="a secret prompt", max_tokens=150, stream=True, logit_bias={"256": -100},
                 extra_body={"session": "talk"}, stream_options={"include_usage": True},
             )  # fmt: skip
             parts = iter(stream)
             next(parts)
             process.send_signal(signal.SIGTERM)
             rest = list(parts)
-            assert rest[-1].usage.completion_tokens == 300
-        assert process.wait(30) == 0
+            assert rest[-1].usage.completion_tokens == 150
+        assert process.wait(200) == 0
         logged = process.stderr.read()
     events = [json.loads(line) for line in logged.splitlines()]
     assert events[0]["event"] == "serving" and events[-1]["event"] == "stopped"
@@ -94,11 +97,17 @@ def test_a_chat_goes_on_from_its_file(monkeypatch, capsys, folder, tmp_path):
 
 def test_a_reply_can_be_broken_off(monkeypatch, capsys, folder):
     """The first Ctrl-C ends the reply, not the conversation."""
-    timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
+    step, steps = Engine.step, []
+
+    def counted(engine):
+        steps.append(1)
+        if len(steps) == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
     code, shown, told = say(monkeypatch, capsys, folder, ["Hi", "/quit"], "--max-tokens", "100000")
-    timer.join()
-    assert code == 0 and shown and "Breaking the reply off" in told
+    assert code == 0 and 30 <= len(steps) < 40 and shown and "Breaking the reply off" in told
 
 
 @pytest.mark.parametrize(

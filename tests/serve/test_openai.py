@@ -241,7 +241,7 @@ def test_keys_owners_and_limits():
         waits = threading.Thread(target=lambda: beta.completions.create(model=MODEL, prompt="x", max_tokens=1))
         waits.start()
         while not server.service.engine.scheduler.waiting:
-            pass
+            time.sleep(0.01)
         stream.close()
         waits.join()
         assert server.call("POST", "/v1/completions", {"model": MODEL, "prompt": "x" * 3000}, "alpha")[0] == 413
@@ -255,7 +255,7 @@ def test_a_full_queue_says_when_to_come_back():
         waits = threading.Thread(target=lambda: client.completions.create(model=MODEL, prompt="x", max_tokens=1))
         waits.start()
         while not server.service.engine.scheduler.waiting:
-            pass
+            time.sleep(0.01)
         for streaming in (False, True):
             with pytest.raises(openai.RateLimitError) as caught:
                 client.completions.create(model=MODEL, prompt="x", stream=streaming)
