@@ -25,6 +25,7 @@ from mamba3 import Mamba3Config, Mamba3LM
 from mamba3.export import OnnxLM, export_onnx, quantize_onnx
 
 LENGTH, PREFILL = 256, 64
+SETTLING, TIMED = 10, 20  # calls of a block: not timed, timed
 
 
 def corpus() -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,14 +66,18 @@ def perplexity(step: Callable[[np.ndarray, Any], tuple[np.ndarray, Any]], state:
 
 
 def timed(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each, interleaved: the median and the quartiles."""
+    """Milliseconds of each: the median and the quartiles. They take turns in blocks of calls.
+
+    The first calls of a block are left out: onnxruntime's threads spin for a while after a call and would slow whoever is next.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for i in range(repeats + 2):
+    for _ in range(-(-repeats // TIMED)):
         for name, f in contestants.items():
-            start = time.perf_counter()
-            f()
-            if i >= 2:
-                times[name].append(1e3 * (time.perf_counter() - start))
+            for i in range(SETTLING + TIMED):
+                start = time.perf_counter()
+                f()
+                if i >= SETTLING:
+                    times[name].append(1e3 * (time.perf_counter() - start))
     return {
         name: dict(zip(("low", "median", "high"), statistics.quantiles(v, n=4), strict=True))
         for name, v in times.items()

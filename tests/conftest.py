@@ -1,4 +1,4 @@
-"""What every test runs under: a fixed seed, and uninitialised memory that is NaN."""
+"""What every test runs under: a fixed seed, uninitialised memory that is NaN, its share of the processors."""
 
 import importlib.util
 import os
@@ -14,6 +14,9 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     import mamba3.ops.triton.library  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # processes side by side share the processors
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 settings.register_profile("laws", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("laws")

@@ -12,7 +12,7 @@ from torch import Tensor
 from mamba3.engine.sequence import Sequence
 from mamba3.engine.state_pool import StatePool
 from mamba3.lm import LMState, Mamba3LM
-from mamba3.lm.model import Draft
+from mamba3.lm.draft import Draft
 
 
 class Runner:

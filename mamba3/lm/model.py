@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from mamba3.lm import generate as generation
 from mamba3.lm import shards
 from mamba3.lm.config import ARCHITECTURE, MODEL_TYPE, Mamba3Config
+from mamba3.lm.draft import Draft
 from mamba3.lm.state import LayerState, LMState
 from mamba3.nn import Attention, GatedMLP, Mamba3, RMSNorm, init
 from mamba3.nn.linear import one_row, project
@@ -214,10 +214,7 @@ class Mamba3LM(nn.Module):
         if self._fingerprint is None or self._fingerprint[0] != key:
             digest = hashlib.sha256(self.config.canonical().to_json().encode())
             samples = []
-            for p in parameters.values():
-                v = p.detach()
-                if hasattr(v, "qdata"):  # a quantised weight of torchao, which has no view
-                    v = v.dequantize()
+            for v in (part for p in parameters.values() for part in _parts(p.detach())):
                 flat = v.reshape(-1)
                 samples.append(flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].double())
             if samples and not samples[0].is_meta:
@@ -301,25 +298,10 @@ class Mamba3LM(nn.Module):
             raise ValueError(f"The state holds {state.batch_size} sequences, but {batch} came in.")
 
 
-@dataclass(frozen=True)
-class Draft:
-    """Tokens that `Mamba3LM.verify` read: the factors of each, from which the state after any number of them follows."""
-
-    model: Mamba3LM
-    state: LMState
-    reads: list[Any]
-
-    def accept(self, counts: Sequence[int]) -> LMState:
-        """The state, moved on in place by the first counts[i] tokens of each row i; the others were never read."""
-        groups: dict[int, list[int]] = {}
-        for row, count in enumerate(counts):
-            groups.setdefault(count, []).append(row)
-        groups.pop(0, None)
-        for block, read, layer in zip(self.model._blocks(), self.reads, self.state.layers, strict=True):
-            for count, rows in groups.items():
-                block.mixer.accept(read, layer, rows, count)
-        self.state.tokens += torch.tensor(counts, device=self.state.tokens.device)
-        return self.state
+def _parts(weight: Tensor) -> list[Tensor]:
+    """The plain tensors of a weight: itself, or what a quantised one is made of (values, scales), which has no view."""
+    flatten = getattr(weight, "__tensor_flatten__", None)
+    return [part for name in flatten()[0] for part in _parts(getattr(weight, name))] if flatten else [weight]
 
 
 def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:

@@ -28,6 +28,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, folders: dict[str, Path]):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folders, self.gated, self.forbidden = folders, set(), set()
+        self.gated_status = 403  # to someone logged in; 401 to anyone else
         self.breaks, self.ranges, self.served = 0, [], []
 
     @property
@@ -72,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo not in self.server.folders:
             return self.refuse(401, "RepoNotFound", "Repository not found")
         if repo in self.server.gated and file:  # the real one lists a gated repository's files, but gives out none
-            return self.refuse(403, "GatedRepo", f"Access to model {repo} is restricted")
+            return self.refuse(self.server.gated_status, "GatedRepo", f"Access to model {repo} is restricted")
         folder = self.server.folders[repo]
         if api:
             return self.send_json(self.listing(repo, folder, api[2]))
