@@ -1,9 +1,11 @@
-"""python -m benchmarks {cpu, numerics, kernels}, or mamba3 bench: run a subject, show its tables, write its results."""
+"""python -m benchmarks {cpu, numerics, kernels, serving}, or mamba3 bench: run one, show its tables, write its results."""
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -54,13 +56,39 @@ def kernels(
         raise typer.Exit(1) from error
 
 
-def _run(name: str, subject: ModuleType, draw: results.Draw, quick: bool, threads: int, out: Path) -> None:
+@app.command()
+def serving(
+    quick: Quick = False,
+    threads: Threads = 0,
+    out: Out = results.FOLDER,
+    streams: Annotated[int, typer.Option(help="Concurrent streams; 0: the subject's own number.")] = 0,
+    seconds: Annotated[float, typer.Option(help="Length of the streams' section; 0: the subject's own.")] = 0,
+    parked: Annotated[int, typer.Option(help="Sessions parked; 0: the subject's own number.")] = 0,
+) -> None:
+    """A server under many streams and under malformed requests; parked sessions; kill -9; 16 bits; rows; speculation."""
+    from benchmarks import serving as subject
+
+    given = {"streams": streams, "seconds": seconds, "parked": parked}
+    sizes = replace(subject.QUICK if quick else subject.FULL, **{name: value for name, value in given.items() if value})
+    with ExitStack() as stack:
+        _run("serving", subject, subject.draw, quick, threads, out, subject.sections(sizes, stack))
+
+
+def _run(
+    name: str,
+    subject: ModuleType,
+    draw: results.Draw,
+    quick: bool,
+    threads: int,
+    out: Path,
+    sections: dict | None = None,
+) -> None:
     torch.set_num_threads(threads or os.cpu_count() or 1)
     where = environment.describe()
     busy = where["load"] is not None and where["load"] > 0.5
     if busy:
         console.print(f"[yellow]Other processes are running (load {where['load']}): times will be uneven.[/]")
-    sections = subject.sections(subject.QUICK if quick else subject.FULL)
+    sections = sections or subject.sections(subject.QUICK if quick else subject.FULL)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(sections))

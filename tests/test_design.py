@@ -17,10 +17,13 @@ MAY_IMPORT = {
     "convert": {"ops", "nn", "lm", "convert"},
     "hf": {"ops", "nn", "lm", "hf"},
     "export": {"ops", "nn", "lm", "export"},
-    "train": {"ops", "nn", "lm", "train"},
+    "text": {"text"},
+    "engine": {"ops", "nn", "lm", "text", "engine"},
+    "serve": {"ops", "nn", "lm", "text", "engine", "serve"},
+    "train": {"ops", "nn", "lm", "text", "train"},
     "evaluate": {"ops", "nn", "lm", "evaluate"},
     "tasks": {"ops", "nn", "lm", "tasks"},
-    "cli": {"ops", "nn", "lm", "convert", "train", "evaluate", "tasks", "cli"},
+    "cli": {"ops", "nn", "lm", "convert", "train", "evaluate", "tasks", "text", "engine", "serve", "cli"},
 }
 
 
@@ -66,9 +69,18 @@ def test_importing_is_light_and_has_no_effects():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "document", ["mathematics.md", "design.md", "numerics.md", "transformers.md", "evaluation.md", "training.md"]
+DOCUMENTS = (
+    "mathematics.md",
+    "design.md",
+    "numerics.md",
+    "transformers.md",
+    "evaluation.md",
+    "serving.md",
+    "training.md",
 )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_what_exists(document):
     """Every `ops.something.name`, file and test named in a document is there."""
     text = (ROOT / "docs" / document).read_text()

@@ -9,6 +9,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from mamba3.cli.bench import bench
+from mamba3.cli.chat import chat
 from mamba3.cli.console import errors
 from mamba3.cli.convert import convert
 from mamba3.cli.demo import demo
@@ -16,6 +17,7 @@ from mamba3.cli.eval import evaluate
 from mamba3.cli.generate import generate
 from mamba3.cli.info import info
 from mamba3.cli.interrupt import INTERRUPTED
+from mamba3.cli.serve import serve
 from mamba3.cli.task import task_app
 from mamba3.cli.train import train
 
@@ -41,7 +43,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, generate, info, convert, demo):
+for command in (train, generate, chat, serve, info, convert, demo):
     app.command()(command)
 app.command("eval")(evaluate)
 # What follows `bench` is for the benchmarks' own command line, --help too.

@@ -11,7 +11,7 @@ import mamba3
 
 
 def bench(context: typer.Context) -> None:
-    """Benchmarks, from a checkout of the repository: kernels, cpu or numerics, and their options (--help lists them)."""
+    """Benchmarks, from a checkout of the repository: kernels, cpu, numerics, serving; --help lists their options."""
     root = Path(mamba3.__file__).parents[1]
     if not (root / "benchmarks" / "__main__.py").exists():
         raise ValueError(

@@ -38,9 +38,11 @@ def generate(
     """Continue a text. Going on from --state-in with no prompt gives the tokens of never having stopped."""
     from mamba3.cli.interrupt import INTERRUPTED, stop_on_interrupt
     from mamba3.cli.models import load_model
-    from mamba3.cli.session import Session, StopText
+    from mamba3.cli.session import Session
     from mamba3.lm.generate import Sampling
-    from mamba3.train.tokenizer import TextStream, encode, end_of_text
+    from mamba3.text.encode import encode, end_of_text
+    from mamba3.text.stop import StopText
+    from mamba3.text.stream import TextStream
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1 but is {max_new_tokens}.")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mamba3.lm import generate as generation
 from mamba3.lm import shards
 from mamba3.lm.config import ARCHITECTURE, MODEL_TYPE, Mamba3Config
+from mamba3.lm.draft import Draft
 from mamba3.lm.state import LayerState, LMState
 from mamba3.nn import Attention, GatedMLP, Mamba3, RMSNorm, init
 from mamba3.nn.linear import one_row, project
@@ -197,6 +198,20 @@ class Mamba3LM(nn.Module):
             return logits, LMState(layers, state.tokens + 1, state.fingerprint)
         state.layers, state.tokens = layers, state.tokens.add_(1)
         return logits, state
+
+    @torch.no_grad()
+    def verify(self, input_ids: Tensor, state: LMState) -> tuple[Tensor, Draft]:
+        """Read tokens [b, t] of which the last ones may be taken back: (logits [b, t, v], draft).
+
+        The given state is not changed (caches of attention layers must have room for t more tokens) until
+        `draft.accept(counts)` moves it on by counts[i] of the tokens of row i.
+        """
+        self._check_state(state, input_ids.shape[0])
+        h, reads = self._embed(input_ids, 2), []
+        for block, layer in zip(self._blocks(), state.layers, strict=True):
+            h, read = block.run(h, lambda u, m=block.mixer, s=layer: m.verify(u, s))
+            reads.append(read)
+        return self.head(self.norm_f(h, self.embedding.weight.dtype)), Draft(self, state, reads)
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,12 @@ class LMState:
         index = torch.as_tensor(index, device=self.tokens.device)
         return self._map(lambda layer: layer.select(index), self.tokens.index_select(0, index))
 
+    @classmethod
+    def cat(cls, states: Sequence[LMState]) -> LMState:
+        """The sequences of several states in one, in order; caches of different lengths get equal room. A copy."""
+        layers = [type(parts[0]).cat(parts) for parts in zip(*(state.layers for state in states), strict=True)]
+        return cls(layers, torch.cat([state.tokens for state in states]), states[0].fingerprint)
+
     def detach(self) -> LMState:
         """The same tensors, cut off from the graph that made them."""
         return self._map(lambda layer: layer.detach(), self.tokens)
@@ -72,12 +78,9 @@ class LMState:
             raise ValueError(
                 "This state was made under torch.compile and does not know its model; save(path, model=...)."
             )
-        tensors = {"tokens": self.tokens}
-        for i, layer in enumerate(self.layers):
-            tensors.update(layer.tensors(f"layers.{i}."))
         counts = ",".join(str(n) for n in self.tokens.tolist())
         dtype = str(self.layers[0].tensors()["x_prev" if isinstance(self.layers[0], State) else "k"].dtype)
-        state_file.write(path, tensors, kind="model", fingerprint=fingerprint, token_counts=counts, dtype=dtype)
+        state_file.write(path, self.tensors(), kind="model", fingerprint=fingerprint, token_counts=counts, dtype=dtype)
 
     @classmethod
     def load(cls, path: str | Path, model: Mamba3LM | None = None, device: torch.device | str | None = None) -> LMState:
@@ -94,10 +97,25 @@ class LMState:
                 f"{path} is the state of another model or of other weights: it was made by {fingerprint}, this model is "
                 f"{model.fingerprint()}. Load the weights that made it."
             )
+        return cls.from_tensors(tensors, fingerprint)
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Everything held, by name: what a state file holds."""
+        tensors = {prefix + "tokens": self.tokens}
+        for i, layer in enumerate(self.layers):
+            tensors.update(layer.tensors(f"{prefix}layers.{i}."))
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], fingerprint: str | None, prefix: str = "") -> LMState:
+        """The inverse of `tensors`; names without the prefix are passed over."""
+        fields: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith(f"{prefix}layers."):
+                number, field_name = name.removeprefix(f"{prefix}layers.").split(".")
+                fields.setdefault(int(number), {})[field_name] = value
         layers: list[LayerState] = []
-        while values := {n.split(".")[2]: v for n, v in tensors.items() if n.startswith(f"layers.{len(layers)}.")}:
-            if "S" in values:
-                layers.append(State(**values))
-            else:
-                layers.append(AttentionState(**values, used=values["k"].shape[1]))
-        return cls(layers, tensors["tokens"], fingerprint)
+        for number in sorted(fields):
+            values = fields[number]
+            layers.append(State(**values) if "S" in values else AttentionState(**values, used=values["k"].shape[1]))
+        return cls(layers, tensors[prefix + "tokens"], fingerprint)

@@ -8,7 +8,7 @@ The three verbs of every layer: forward, prefill, step. The cache is the layer's
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,12 @@ from torch import Tensor, nn
 
 from mamba3.ops.validation import check_cu_seqlens
 
-FIRST_CAPACITY = 64
+PAGE = 64
+
+
+def whole_pages(tokens: int) -> int:
+    """The least multiple of PAGE that holds so many tokens."""
+    return -(-tokens // PAGE) * PAGE
 
 
 class AttentionState(NamedTuple):
@@ -38,6 +43,13 @@ class AttentionState(NamedTuple):
         """The caches of some sequences, in the order given."""
         index = torch.as_tensor(index, device=self.k.device)
         return self._map(lambda v: v.index_select(0, index))
+
+    @staticmethod
+    def cat(states: Sequence[AttentionState]) -> AttentionState:
+        """The caches of several sequences, in order, with room for the longest. A copy."""
+        used = max(s.used for s in states)
+        k, v = (torch.cat([getattr(s.grow(used), name)[:, :used] for s in states]) for name in ("k", "v"))
+        return AttentionState(k, v, torch.cat([s.length for s in states]), used)
 
     def detach(self) -> AttentionState:
         """The same tensors, cut off from the graph that made them."""
@@ -63,11 +75,14 @@ class AttentionState(NamedTuple):
         }  # fmt: skip
 
     def grow(self, needed: int) -> AttentionState:
-        """The same cache with room for `needed` tokens; doubling, so that appending costs a constant on average."""
+        """The same cache with room for `needed` tokens; doubling, so that appending costs a constant on average.
+
+        Whole pages: sums over a cache then have no ragged end, and their rounding does not depend on the room that is left.
+        """
         capacity = self.k.shape[1]
         if needed <= capacity:
             return self
-        extra = max(needed, 2 * capacity, FIRST_CAPACITY) - capacity
+        extra = whole_pages(max(needed, 2 * capacity)) - capacity
         return self._replace(k=F.pad(self.k, (0, 0) * 2 + (0, extra)), v=F.pad(self.v, (0, 0) * 2 + (0, extra)))
 
 
@@ -151,6 +166,22 @@ class Attention(nn.Module):
         after = _append(grown, k, v)
         return self._out(_attend(q, after.k, after.v, _mask(before, 1, after.k.shape[1]))).squeeze(1), after
 
+    def verify(self, u: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        """`prefill` of tokens [b, t] of which the last ones may be taken back: y, and the state itself.
+
+        They are written behind what the cache holds, which must have room for them, and do not count yet: see `accept`.
+        """
+        q, k, v = self._project(u)
+        before, tokens = state.length.clone(), u.shape[1]
+        if state.used + tokens > state.k.shape[1]:
+            raise ValueError(f"The cache has {state.k.shape[1]} places, and {state.used + tokens} are needed; grow it.")
+        _append(state._replace(length=before.clone()), k, v)
+        return self._out(_attend(q, state.k, state.v, _mask(before, tokens, state.k.shape[1]))), state
+
+    def accept(self, read: AttentionState, state: AttentionState, rows: list[int], count: int) -> None:
+        """Let the first `count` of the tokens that `verify` read count, in some rows."""
+        state.length[torch.tensor(rows, device=state.length.device)] += count
+
     def _prefill_packed(self, u: Tensor, state: AttentionState, cu_seqlens: list[int]) -> tuple[Tensor, AttentionState]:
         lengths = [b - a for a, b in itertools.pairwise(cu_seqlens)]
         ys, states = [], []
@@ -158,10 +189,7 @@ class Attention(nn.Module):
             y, after = self.prefill(piece, state.select([i]))
             ys.append(y)
             states.append(after)
-        used = max(s.used for s in states)
-        states = [s.grow(used) for s in states]
-        k, v = (torch.cat([getattr(s, name)[:, :used] for s in states]) for name in ("k", "v"))
-        return torch.cat(ys, dim=1), AttentionState(k, v, torch.cat([s.length for s in states]), used)
+        return torch.cat(ys, dim=1), AttentionState.cat(states)
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if u.shape[-1] != self.d_model or u.ndim != 3:

@@ -47,6 +47,13 @@ class Projected(NamedTuple, Generic[T]):
     theta: T
 
 
+class Read(NamedTuple):
+    """Tokens that were read and may be taken back: the recurrence's inputs, and what entered the short convolution."""
+
+    inputs: Inputs
+    conv: Tensor | None
+
+
 class Mamba3(nn.Module):
     """One Mamba-3 layer: [b, t, d_model] to [b, t, d_model], with a state of fixed size.
 
@@ -218,19 +225,52 @@ class Mamba3(nn.Module):
 
         prefill(a + b) = prefill(b, state of prefill(a)). The given state is not changed.
         """
+        y, after, _ = self._read(u, state, cu_seqlens)
+        return y, after
+
+    def verify(self, u: Tensor, state: State) -> tuple[Tensor, Read]:
+        """`prefill` of tokens of which the last ones may be taken back: (y [b, t, d_model], what `accept` needs).
+
+        The given state is not changed.
+        """
+        y, _, read = self._read(u, state, None)
+        return y, read
+
+    @torch.no_grad()
+    def accept(self, read: Read, state: State, rows: list[int], count: int) -> None:
+        """Move some rows of the state on, in place, by the first `count` of the tokens that `verify` read.
+
+        The state after them is computed from each token's factors (x, B of rank r, dt, A, lambda, theta), which take
+        r (p + n) numbers a head where a state takes p n.
+        """
+        index = torch.tensor(rows, device=state.S.device)
+        before = state.select(index)
+        after = run_state(read.inputs.tokens(index, count), before)
+        if read.conv is not None:
+            held = torch.cat([self._conv_state(before), read.conv[index, :count]], dim=1)
+            after = after._replace(conv=held[:, -self._conv_state(before).shape[1] :])
+        for mine, theirs in zip(state, after, strict=True):
+            if mine is not None and theirs is not None:
+                mine[index] = theirs
+
+    def _read(
+        self, u: Tensor, state: State | None, cu_seqlens: Tensor | list[int] | None
+    ) -> tuple[Tensor, State, Read]:
         self._check_input(u, 3)
         if cu_seqlens is not None:
             cu_seqlens = check_cu_seqlens(cu_seqlens, u.shape[0], u.shape[1])
         batch = u.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        row, conv = self._project(u), None
+        row, conv, entering = self._project(u), None, None
         if self.conv is not None:
             before = (
                 self._conv_state(state) if state is not None else self.conv.init_state(batch, u.device, row.x.dtype)
             )
-            mixed, conv = self.conv(torch.cat([row.x, row.B, row.C], dim=-1), before, cu_seqlens)
+            entering = torch.cat([row.x, row.B, row.C], dim=-1)
+            mixed, conv = self.conv(entering, before, cu_seqlens)
             row = self._replace_conv(row, mixed)
-        y, after = run_scan(self._inputs(row), self._gate(row.z), state, cu_seqlens)
-        return self.out_proj(y.flatten(-2)), after._replace(conv=conv)
+        inputs = self._inputs(row)
+        y, after = run_scan(inputs, self._gate(row.z), state, cu_seqlens)
+        return self.out_proj(y.flatten(-2)), after._replace(conv=conv), Read(inputs, entering)
 
     def forward_segment(
         self, u: Tensor, enter: Callable[[Summary, Tensor | None], State], cu_seqlens: list[int] | None = None

@@ -64,20 +64,32 @@ def read(
     """Load tensors and metadata. ValueError when the file is truncated, altered, of another kind or version."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
+            header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(
             f"{path} cannot be read as a state: {error}. It is truncated or not a safetensors file."
         ) from error
-    if metadata.get("format") != FORMAT:
+    if header.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file but not a state: its metadata has no format {FORMAT!r}.")
-    if metadata.get("version") != VERSION:
-        raise ValueError(f"{path} has state version {metadata.get('version')}; this mamba3 reads version {VERSION}.")
-    if metadata.get("kind") != kind:
-        raise ValueError(f"{path} holds the state of a {metadata.get('kind')}; the state of a {kind} was asked for.")
-    if metadata.get("checksum") != checksum(tensors):
+    if header.get("version") != VERSION:
+        raise ValueError(f"{path} has state version {header.get('version')}; this mamba3 reads version {VERSION}.")
+    if header.get("kind") != kind:
+        raise ValueError(f"{path} holds the state of a {header.get('kind')}; the state of a {kind} was asked for.")
+    if header.get("checksum") != checksum(tensors):
         raise ValueError(f"{path} is damaged: its checksum does not match its content. Restore it from a copy.")
     if device is not None:
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return tensors, metadata
+    return tensors, header
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a state file without its tensors, unchecked. ValueError when it is no such file."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            found = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as a state: {error}.") from error
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a state: its metadata has no format {FORMAT!r}.")
+    return found

@@ -7,7 +7,7 @@ needs. The law that tests hold it to: prefill(a + b) = prefill(b, state of prefi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -87,6 +87,12 @@ class State(NamedTuple):
         index = torch.as_tensor(index, device=self.S.device)
         return self.map(lambda v: v.index_select(0, index))
 
+    @staticmethod
+    def cat(states: Sequence[State]) -> State:
+        """The sequences of several states of one layer, in order. A copy."""
+        fields = [[v for v in parts if v is not None] for parts in zip(*states, strict=True)]
+        return State(*(torch.cat(parts) if parts else None for parts in fields))  # pyright: ignore[reportArgumentType]
+
     def detach(self) -> State:
         """The same tensors, cut off from the graph that made them."""
         return self.map(Tensor.detach)
@@ -155,6 +161,12 @@ class Inputs(NamedTuple):
     @property
     def wide(self) -> torch.dtype:
         return wide_dtype(self.x.dtype)
+
+    def tokens(self, rows: Tensor, count: int) -> Inputs:
+        """The first `count` tokens of some sequences of a batch."""
+        moving = ("x", "dt", "A", "lam", "theta", "B", "C", "tick")
+        found = {name: v[rows, :count] for name in moving if (v := getattr(self, name)) is not None}
+        return self._replace(**found)
 
     @property
     def rank(self) -> int:

@@ -16,11 +16,12 @@ import torch
 
 from mamba3.cli import main
 from mamba3.cli.memory import measure
-from mamba3.cli.session import Session, StopText
+from mamba3.cli.session import Session
 from mamba3.cli.train import model_config
 from mamba3.convert import load_official
 from mamba3.lm import LMState, Mamba3Config, Mamba3LM
 from mamba3.lm.generate import Sampling
+from mamba3.text.stop import StopText
 from mamba3.train.report import read_metrics
 from mamba3.train.tokenizer import byte_tokenizer
 from tests.convert.hub import Hub, point_at

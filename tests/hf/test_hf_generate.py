@@ -8,7 +8,7 @@ from transformers import TextIteratorStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from mamba3.hf import Mamba3LMCache
-from mamba3.nn.attention import AttentionState
+from mamba3.nn.attention import AttentionState, whole_pages
 from tests.hf.cases import EVERY_SETTING, KINDS, left_padded, pair, tokens
 
 SETTINGS = [*((kind, {}) for kind in KINDS), ("siso", EVERY_SETTING)]
@@ -148,7 +148,7 @@ def test_a_static_cache_stays_where_it_is():
         for t in range(80):
             model(tokens(2, 1, seed=t), past_key_values=cache)
     assert where == [t.data_ptr() for layer in cache.state.layers for t in layer.tensors().values()]
-    assert [layer.k.shape[1] for layer in cache.state.layers if isinstance(layer, AttentionState)] == [100]
+    assert [layer.k.shape[1] for layer in cache.state.layers if isinstance(layer, AttentionState)] == [whole_pages(100)]
 
 
 def test_what_a_state_cannot_do_is_told():

@@ -1,0 +1,34 @@
+"""What `mamba3 serve` and `mamba3 chat` share: the extra they need, the template they speak by."""
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from mamba3.serve import ChatTemplate
+
+_LIBRARIES = ("fastapi", "uvicorn", "prometheus_client", "openai", "jinja2")
+
+
+def need_serve_extra() -> None:
+    """ValueError that names what is missing."""
+    missing = [name for name in _LIBRARIES if not importlib.util.find_spec(name)]
+    if missing:
+        raise ValueError(f"serving needs {', '.join(missing)}; pip install 'mamba3[serve]'.")
+
+
+def find_template(given: str | None, model: str, tokenizer: "Tokenizer") -> "ChatTemplate | None":
+    """The template given (`plain`, or a file), else the one beside the model, else None."""
+    from mamba3.cli.models import find_model
+    from mamba3.serve import PLAIN, PLAIN_STOPS, ChatTemplate
+
+    if given is None:
+        return ChatTemplate.of_model(find_model(model), tokenizer)
+    if given == "plain":
+        return ChatTemplate(PLAIN, tokenizer, stops=PLAIN_STOPS)
+    path = Path(given)
+    if not path.is_file():
+        raise ValueError(f"--chat-template must be `plain` or name a Jinja file, but {given} is neither.")
+    return ChatTemplate(path.read_text(encoding="utf-8"), tokenizer)

@@ -1,0 +1,186 @@
+"""A conversation that goes on: its tokens, its text, its turns, and states at the ends of turns.
+
+A state is constant in size and never changed once it is here, so that a fork shares it and a rewind is a choice of an
+earlier one. Where the state of a turn is not kept, the tokens since the last one that is are read again: a session always
+goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from mamba3.engine.request import Finish, Request, SamplingParams
+from mamba3.lm import LMState, Mamba3LM
+from mamba3.text.encode import encode
+
+_RECORD = "session"  # the tensor that holds what is not a tensor, so that the checksum covers it
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How much of a session there was when a turn ended: tokens, characters."""
+
+    tokens: int
+    characters: int
+
+
+class Speech(NamedTuple):
+    """What is needed to write a reply down: the tokenizer, and the token that ends a text."""
+
+    tokenizer: Tokenizer
+    end_token: int
+
+
+@dataclass
+class Session:
+    """tokens: everything said, the token chosen last included. text: the same as characters, special tokens spelled out.
+
+    states: for some turns (0 is before the first), a state that has read `state.tokens` of the tokens.
+    """
+
+    id: str
+    owner: str = ""
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    turns: list[Turn] = field(default_factory=list)
+    states: dict[int, LMState] = field(default_factory=dict)
+    created: float = field(default_factory=time.time)
+    busy: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states held, those that forks share counted here too."""
+        return sum(state.nbytes for state in self.states.values())
+
+    def request(self, id: str, tokens: Sequence[int], params: SamplingParams) -> Request:
+        """What reads the tokens after everything said so far and goes on from there."""
+        state = self.states[max(self.states)] if self.states else None
+        read = 0 if state is None else int(state.tokens)
+        return Request(
+            id=id, tokens=[*self.tokens[read:], *tokens], params=params, start=state, history=self.tokens[:read],
+            owner=self.owner, keep_state=True,
+        )  # fmt: skip
+
+    def add_turn(self, tokens: Sequence[int], text: str, state: LMState | None, keep: int = 8) -> None:
+        """What was read and chosen in a turn, and the state that has read it (some last tokens may be missing).
+
+        Of the states those of the last `keep` turns stay.
+        """
+        self.tokens += tokens
+        self.text += text
+        self.turns.append(Turn(len(self.tokens), len(self.text)))
+        if state is not None:
+            if int(state.tokens) > len(self.tokens):
+                raise ValueError(f"The state has read {int(state.tokens)} tokens of a session of {len(self.tokens)}.")
+            self.states[len(self.turns)] = state
+        for turn in sorted(self.states)[:-keep]:
+            del self.states[turn]
+
+    def add_reply(
+        self,
+        request: Request,
+        said: str,
+        chosen: Sequence[int],
+        text: str,
+        finish: Finish,
+        speech: Speech,
+        keep: int = 8,
+    ) -> None:
+        """The turn of a `request` of this session: `said` was read, `chosen` came, of which `text` was shown.
+
+        A reply that a stop string cut, or that was broken off, is kept as it was shown, and read again by the next turn.
+        """
+        new = request.tokens[len(self.tokens) - len(request.history) :]
+        state = finish.state
+        if chosen and chosen[-1] == speech.end_token:
+            text += speech.tokenizer.id_to_token(speech.end_token) or ""
+        elif finish.reason != "length":
+            chosen, state = encode(speech.tokenizer, [text])[0].tolist(), None
+        self.add_turn([*new, *chosen], said + text, state, keep)
+
+    def rewind(self, turn: int) -> None:
+        """Back to the end of a turn, counted from 1; 0 is before the first. ValueError when there is no such turn."""
+        if not 0 <= turn <= len(self.turns):
+            raise ValueError(f"turn must lie in [0, {len(self.turns)}], the turns of this session; it is {turn}.")
+        end = self.turns[turn - 1] if turn else Turn(0, 0)
+        self.tokens, self.text = self.tokens[: end.tokens], self.text[: end.characters]
+        self.turns = self.turns[:turn]
+        self.states = {t: state for t, state in self.states.items() if t <= turn}
+
+    def fork(self, id: str) -> Session:
+        """A session of its own with the same past. No state is copied: none is ever changed."""
+        return Session(id, self.owner, list(self.tokens), self.text, list(self.turns), dict(self.states))
+
+    # -- as tensors
+
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Everything but the owner. dtype: of the matrix states S, which are nearly all of the bytes; as they are if None."""
+        record = {
+            "id": self.id, "text": self.text, "created": self.created,
+            "turns": [[turn.tokens, turn.characters] for turn in self.turns],
+        }  # fmt: skip
+        tensors = {
+            _RECORD: torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8),
+            "ids": torch.tensor(self.tokens, dtype=torch.int64),
+        }
+        for turn, state in self.states.items():
+            named = state.tensors(f"turns.{turn}.")
+            tensors |= {n: v.to(dtype) if dtype and n.endswith(".S") else v for n, v in named.items()}
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], model: Mamba3LM, owner: str = "") -> Session:
+        """The inverse of `tensors`. ValueError where they are no session, or not one that this model can go on from."""
+        try:
+            record = json.loads(tensors[_RECORD].to(torch.uint8).numpy().tobytes())
+            turns = [Turn(int(tokens), int(characters)) for tokens, characters in record["turns"]]
+            session = cls(str(record["id"]), owner, tensors["ids"].tolist(), str(record["text"]), turns)
+            session.created = float(record["created"])
+            numbers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("turns.")})
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"The file holds no session that can be read ({type(error).__name__}: {error})."
+            ) from error
+        _check_record(session, model)
+        for number in numbers:
+            end = turns[number - 1].tokens if 0 < number <= len(turns) else -1
+            prefix = f"turns.{number}."
+            fitted = _fitted({n: v for n, v in tensors.items() if n.startswith(prefix)}, prefix, model, end)
+            session.states[number] = LMState.from_tensors(fitted, model.fingerprint(), prefix)
+        return session
+
+
+def _check_record(session: Session, model: Mamba3LM) -> None:
+    ends = [(0, 0), *((turn.tokens, turn.characters) for turn in session.turns)]
+    ascending = all(a[0] <= b[0] and a[1] <= b[1] for a, b in itertools.pairwise(ends))
+    if not ascending or ends[-1] != (len(session.tokens), len(session.text)):
+        raise ValueError("The turns of the session do not fit its tokens and its text; the file is not one of ours.")
+    if any(not 0 <= token < model.config.vocab_size for token in session.tokens):
+        raise ValueError(
+            f"The session holds tokens outside [0, {model.config.vocab_size}): it is of another tokenizer."
+        )
+
+
+def _fitted(tensors: dict[str, Tensor], prefix: str, model: Mamba3LM, end: int) -> dict[str, Tensor]:
+    """The tensors of a state in the model's dtypes and on its device, if they have the names and shapes of the model's and
+    have read at most `end` tokens."""
+    template, count = model.init_state(1).tensors(prefix), tensors.get(f"{prefix}tokens", torch.empty(0))
+    fits = template.keys() == tensors.keys() and count.shape == (1,) and 0 <= int(count) <= end
+    for name, value in template.items() if fits else ():
+        shape = list(value.shape)
+        if name.endswith((".k", ".v")):  # a cache has a place for each token
+            shape[1] = int(count)
+        fits = fits and list(tensors[name].shape) == shape
+        fits = fits and (not name.endswith(".length") or int(tensors[name]) == int(count))
+    if not fits:
+        raise ValueError("The states in the file do not fit this model or their session; it was made by another model.")
+    return {name: tensors[name].to(value.device, value.dtype) for name, value in template.items()}

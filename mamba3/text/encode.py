@@ -1,0 +1,71 @@
+"""Text to tokens, as training and serving read it, and the bytes that a token stands for."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer, decoders
+
+END_OF_TEXT = "<|endoftext|>"
+# Names under which public tokenizers keep the token that ends a document, most common first.
+_END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+# A longer text is encoded in parts that end at a line: an encoding of many megabytes takes a hundred times its size.
+_PART = 262_144
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The token that separates documents."""
+    for name in _END_OF_TEXT_NAMES:
+        token = tokenizer.token_to_id(name)
+        if token is not None:
+            return token
+    raise ValueError(
+        f"a tokenizer must have an end-of-text token, one of {', '.join(_END_OF_TEXT_NAMES)}; add {END_OF_TEXT} to it."
+    )
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """The tokens of each text. A special token that is spelled out in a text is text here, not a separator."""
+    parts = [list(split_text(text)) for text in texts]
+    literal = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = True
+    try:
+        encodings = tokenizer.encode_batch_fast([p for ps in parts for p in ps], add_special_tokens=False)
+    finally:
+        tokenizer.encode_special_tokens = literal
+    remaining = iter(encodings)
+    return [np.array([i for _ in ps for i in next(remaining).ids], dtype=np.int64) for ps in parts]
+
+
+def split_text(text: str) -> Iterable[str]:
+    """The text in parts of bounded size that end at a line where there is one."""
+    start = 0
+    while start < len(text):
+        end = start + _PART
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
+
+
+def byte_alphabet() -> list[str]:
+    """The printable character by which the byte-level format writes each byte (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [table[byte] for byte in range(256)]
+
+
+def byte_pieces(tokenizer: Tokenizer) -> list[bytes] | None:
+    """The bytes of every token of a byte-level tokenizer, b"" for special ones; None for any other tokenizer."""
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return None
+    byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
+    pieces = [b""] * tokenizer.get_vocab_size(with_added_tokens=True)
+    added = tokenizer.get_added_tokens_decoder()
+    for token in range(len(pieces)):
+        spelled = tokenizer.id_to_token(token)
+        if token in added:
+            pieces[token] = b"" if added[token].special else added[token].content.encode()
+        elif spelled is not None:
+            pieces[token] = bytes(byte_of[character] for character in spelled)
+    return pieces

@@ -1,0 +1,126 @@
+"""`mamba3 serve` and `mamba3 chat` as a person starts them."""
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+
+from mamba3.cli import main
+from mamba3.engine import Engine
+from mamba3.train.tokenizer import byte_tokenizer
+from tests.serve.conftest import lm
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    lm().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save(str(tmp_path / "model" / "tokenizer.json"))
+    return tmp_path / "model"
+
+
+def test_a_server_told_to_stop_ends_what_is_under_way(folder, tmp_path):
+    """SIGTERM: the stream goes on to its end, the process ends by itself, sessions are in files, logs tell no prompt."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MAMBA3_API_KEYS": "alpha", "OMP_NUM_THREADS": "1"}
+    command = ["-m", "mamba3", "serve", "--model", str(folder), "--port", str(port), "--sessions", str(tmp_path / "s")]
+    with subprocess.Popen(
+        [sys.executable, *command, "--rows", "2", "--no-save-turns", "--drain-seconds", "200"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as response:
+                    assert json.load(response) == {"status": "ok"}
+                break
+            except OSError:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.1)
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="alpha", max_retries=0) as client:
+            asked = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/sessions", b'{"id": "talk"}', {"Authorization": "Bearer alpha"}
+            )
+            asked.add_header("Content-Type", "application/json")
+            urllib.request.urlopen(asked).close()
+            stream = client.completions.create(
+                model="model", prompt="a secret prompt", max_tokens=150, stream=True, logit_bias={"256": -100},
+                extra_body={"session": "talk"}, stream_options={"include_usage": True},
+            )  # fmt: skip
+            parts = iter(stream)
+            next(parts)
+            process.send_signal(signal.SIGTERM)
+            rest = list(parts)
+            assert rest[-1].usage.completion_tokens == 150
+        assert process.wait(200) == 0
+        logged = process.stderr.read()
+    events = [json.loads(line) for line in logged.splitlines()]
+    assert events[0]["event"] == "serving" and events[-1]["event"] == "stopped"
+    assert "secret" not in logged and "alpha" not in logged
+    (file,) = (tmp_path / "s").rglob("*.safetensors")
+    assert file.name == "talk.safetensors"
+
+
+def say(monkeypatch, capsys, folder, lines, *more):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    with pytest.raises(SystemExit) as exit:
+        main(["chat", "--model", str(folder), "--temperature", "0", "--max-tokens", "6", *more])
+    captured = capsys.readouterr()
+    return exit.value.code or 0, captured.out, captured.err
+
+
+def test_a_chat_goes_on_from_its_file(monkeypatch, capsys, folder, tmp_path):
+    file = ["--session", str(tmp_path / "talk")]
+    code, whole, _ = say(monkeypatch, capsys, folder, ["Hi", "", "How are you?", "Bye"])
+    assert code == 0 and whole.count("\n") >= 3
+    _, first, _ = say(monkeypatch, capsys, folder, ["Hi", "How are you?"], *file)
+    _, second, told = say(monkeypatch, capsys, folder, ["Bye", "/quit", "never"], *file)
+    assert first + second == whole and "goes on after 2 turns" in told
+    _, again, _ = say(monkeypatch, capsys, folder, ["/rewind 2", "Bye"], *file)
+    assert again == second
+    code, _, told = say(monkeypatch, capsys, folder, ["/rewind x"])
+    assert code == 1 and "/rewind needs the number of a turn" in told
+
+
+def test_a_reply_can_be_broken_off(monkeypatch, capsys, folder):
+    """The first Ctrl-C ends the reply, not the conversation."""
+    step, steps = Engine.step, []
+
+    def counted(engine):
+        steps.append(1)
+        if len(steps) == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    code, shown, told = say(monkeypatch, capsys, folder, ["Hi", "/quit"], "--max-tokens", "100000")
+    assert code == 0 and 30 <= len(steps) < 40 and shown and "Breaking the reply off" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chat-template", "missing.jinja"], "--chat-template must be `plain` or name a Jinja file"),
+        (["--rows", "0"], "rows must be at least 1; it is 0"),
+        (["--api-keys", "EMPTY"], "holds none"),
+    ],
+)
+def test_mistakes_are_one_red_line(capsys, folder, tmp_path, arguments, message):
+    (tmp_path / "empty").write_text("# none\n")
+    arguments = [str(tmp_path / "empty") if a == "EMPTY" else a for a in arguments]
+    with pytest.raises(SystemExit) as exit:
+        main(["serve", "--model", str(folder), *arguments])
+    assert exit.value.code == 1 and message in capsys.readouterr().err
