@@ -24,6 +24,7 @@ from mamba3.convert.checkpoint import read_model
 from mamba3.convert.decay import DecayChoice
 from mamba3.convert.layer import DTYPES
 from mamba3.lm import Mamba3LM, shards
+from mamba3.text.settings import SETTINGS_FILE, write_settings
 
 # Kept at float32 at least by a model in 16 bits (docs/numerics.md), so not rounded to 16 bits in its file either.
 RECURRENT = ("dt_bias", "D", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o")
@@ -110,8 +111,8 @@ def convert_folder(
         for name, file in beside.items():
             shutil.copyfile(file, place / name)
         end = _end_of_text(encoder)
-        if layout == layouts.TRANSFORMERS and encoder is not None:
-            _describe_tokenizer(place, encoder, end)
+        if layout == layouts.TRANSFORMERS and encoder is not None and not (place / SETTINGS_FILE).exists():
+            write_settings(place, encoder, end)
         said = layouts.config_values(layout, config, weights["embedding.weight"].dtype, eos_token_id=end)
         (place / files.CONFIG_FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         difference = scale = None
@@ -177,17 +178,6 @@ def _tokenizer_files(given: Path | None, folder: Path) -> dict[str, Path]:
 def _end_of_text(encoder: Tokenizer | None) -> int | None:
     tokens = [] if encoder is None else [encoder.token_to_id(name) for name in END_OF_TEXT]
     return next((token for token in tokens if token is not None), None)
-
-
-def _describe_tokenizer(folder: Path, encoder: Tokenizer, end: int | None) -> None:
-    """tokenizer_config.json, without which AutoTokenizer does not know which class reads tokenizer.json."""
-    file = folder / "tokenizer_config.json"
-    if file.exists():
-        return
-    values: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if end is not None:
-        values["eos_token"] = encoder.id_to_token(end)
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def fixed_input(vocab_size: int) -> Tensor:

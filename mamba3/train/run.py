@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from mamba3.lm import Mamba3Config, Mamba3LM
 from mamba3.ops.state_file import replace_file
+from mamba3.text.settings import write_settings
 from mamba3.train import checkpoint, memory
 from mamba3.train.config import TrainConfig
 from mamba3.train.corpus import Corpus, SplitCorpus
@@ -155,6 +156,9 @@ def export(trainer: Trainer) -> Path:
         model.save_pretrained(place)  # pyright: ignore[reportCallIssue]
         for file in trainer.extra_files:
             shutil.copy(file, place / file.name)
+        if (place / FILE_NAME).is_file():
+            tokenizer = load_tokenizer(place)
+            write_settings(place, tokenizer, end_of_text(tokenizer))
     return place
 
 

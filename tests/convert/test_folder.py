@@ -98,7 +98,8 @@ def test_transformers_is_told_what_it_needs(tmp_path):
     assert (values["model_type"], values["architectures"], values["dtype"]) == (MODEL_TYPE, [ARCHITECTURE], "bfloat16")
     assert values["eos_token_id"] == 256
     described = json.loads((tmp_path / "1" / "tokenizer_config.json").read_text())
-    assert described["tokenizer_class"] == "PreTrainedTokenizerFast" and described["eos_token"] == "<|endoftext|>"
+    assert described["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert described["eos_token"] == described["pad_token"] == "<|endoftext|>"
 
 
 def test_a_dtype_rounds_the_matrices_and_spares_the_recurrence(tmp_path):

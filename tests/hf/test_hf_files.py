@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from mamba3 import LMState, Mamba3LM
 from mamba3.hf import Mamba3LMConfig, Mamba3LMForCausalLM, Mamba3LMModel
+from mamba3.train import TrainConfig, export, prepare
 from tests.hf.cases import EVERY_SETTING, KINDS, pair, tokens
 from tests.lm.test_model import tiny
 from tests.ops.cases import distance
+from tests.train.test_trainer import shape
 
 SETTINGS = [*((kind, {}) for kind in KINDS), ("siso", EVERY_SETTING)]
 
@@ -177,3 +179,17 @@ def test_a_conversation_saved_on_one_side_goes_on_on_the_other(tmp_path):
     state = LMState.load(tmp_path / "state.safetensors", lm)
     more = lm.generate(out.sequences[:, -1:], state=state, max_new_tokens=6).tokens
     assert torch.equal(more, model.generate(tokens(1, 5), do_sample=False, max_new_tokens=12)[:, 11:])
+
+
+def test_what_training_writes_is_read_with_its_tokenizer_and_padded(tmp_path):
+    """The folder that a training run leaves needs nothing added: AutoTokenizer pads for it, and padding changes nothing."""
+    (tmp_path / "a.txt").write_text("the state of a model turns with every token it reads\n" * 40)
+    config = TrainConfig(steps=1, warmup_steps=0, seq_len=16, batch_tokens=48, eval_every=1, eval_tokens=16)
+    run = prepare(tmp_path / "a.txt", tmp_path / "run", config, shape)
+    run.run()
+    folder = export(run)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    batch = tokenizer(["the state", "a"], return_tensors="pt", padding=True, padding_side="left")
+    got = model.generate(**batch, max_new_tokens=8, do_sample=False)[1, -8:]
+    alone = tokenizer("a", return_tensors="pt")
+    assert torch.equal(got, model.generate(**alone, max_new_tokens=8, do_sample=False)[0, -8:])

@@ -82,7 +82,8 @@ def test_a_run_learns_and_leaves_what_it_promises(corpus, tmp_path):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [place.name for place in checkpoint.list_checkpoints(run)] == ["step-00000036", "step-00000040"]
     place = export(made)
-    assert sorted(f.name for f in place.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(f.name for f in place.iterdir()) == files
     for folder in (place, checkpoint.list_checkpoints(run)[-1]):
         for a, b in zip(Mamba3LM.from_pretrained(folder).parameters(), made.model.parameters(), strict=True):
             assert a.equal(b)
