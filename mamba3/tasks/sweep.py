@@ -1,0 +1,328 @@
+"""Many models through one curriculum side by side: rates, seeds and kinds in one stack, the worst left behind stage by stage.
+
+    FOLDER/checkpoint.safetensors    replaced whole at every stage's end, every `save_every` seconds and where the time ends
+    FOLDER/results.json              scaled accuracy of every model, the models dropped, seconds
+    FOLDER/best-KIND/                the best model of each kind
+
+The sequences of step k are those of `mamba3.tasks.fit`; within a step they are sorted by length and cut into groups that are
+padded to the longest of their own stage, which changes no sum but the order of its terms.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mamba3.ops.state_file import replace_file
+from mamba3.tasks import make_task
+from mamba3.tasks.base import Task
+from mamba3.tasks.captured import Captured, Forward, Group
+from mamba3.tasks.entrants import Entrants
+from mamba3.tasks.fit import CHECKPOINT, RESULTS, STEPS_A_DRAW, require_same, seeded_generator
+from mamba3.tasks.settings import Settings
+
+WIDTH_MULTIPLE = 8
+TOKENS_AT_ONCE = {"cpu": 2**15, "cuda": 2**19}
+LOSSES_JUDGED = 500  # of a stage's last steps, by whose mean models are dropped
+PROBE = 2048  # sequences of 256 tokens by which each stage's end is looked at
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a sweep."""
+
+    kind: str
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep is. settings: rates and seeds in it are not read, the members' are. keep: how many models of each kind
+    enter each stage, the best by training loss. groups: into how many a step's sequences are cut, stage by stage. data_seed:
+    of the training sequences, which all models share."""
+
+    task: str
+    d_model: int
+    members: tuple[Member, ...]
+    settings: Settings
+    keep: tuple[int, ...]
+    groups: tuple[int, ...]
+    data_seed: int = 0
+    precision: str = "high"  # of matrix products in all stages but the last: "high" lets a GPU shorten them to TF32
+
+    def __post_init__(self):
+        stages = len(self.settings.stages)
+        if len(self.keep) != stages or len(self.groups) != stages or any(self.settings.batch % g for g in self.groups):
+            raise ValueError(
+                f"keep and groups need a number for each stage, and groups divide the batch; they are {self.keep} and "
+                f"{self.groups} for stages {self.settings.stages} and a batch of {self.settings.batch}."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return json.loads(json.dumps({"plan": asdict(self)}))
+
+
+def draw_block(task: str, settings: Settings, seed: int, stage: int, block: int) -> tuple:
+    """The sequences of STEPS_A_DRAW steps, each step's sorted by length: arrays [steps, batch, ...] of small integers."""
+    longest = settings.stages[stage]
+    generator = seeded_generator(task, "training", seed, stage, block)
+    batch = make_task(task).sample(STEPS_A_DRAW * settings.batch, settings.shortest, longest, generator)
+    by_step = (STEPS_A_DRAW, settings.batch)
+    places = batch.positions[:, 0].view(by_step)
+    order = places.argsort(dim=1, stable=True)
+    tokens = batch.inputs.to(torch.uint8).view(*by_step, -1)
+    tokens = tokens.gather(1, order.unsqueeze(2).expand_as(tokens))
+    answers = batch.answers[:, 0].view(by_step).gather(1, order)
+    return tokens.numpy(), places.gather(1, order).short().numpy(), answers.to(torch.uint8).numpy()
+
+
+def stage_groups(plan: Plan, stage: int, pool: Executor | None) -> list[Group]:
+    """All sequences of a stage, cut into groups of similar length."""
+    blocks = range(-(-plan.settings.steps // STEPS_A_DRAW))
+    arguments = [(plan.task, plan.settings, plan.data_seed, stage, block) for block in blocks]
+    if pool is None:
+        drawn = [draw_block(*a) for a in arguments]
+    else:
+        drawn = list(pool.map(draw_block, *zip(*arguments, strict=True), chunksize=4))
+    parts = zip(*drawn, strict=True)
+    tokens, places, answers = (torch.cat([torch.from_numpy(v) for v in part])[: plan.settings.steps] for part in parts)
+    groups = []
+    for t, p, a in zip(*(v.chunk(plan.groups[stage], dim=1) for v in (tokens, places, answers)), strict=True):
+        width = -(-(int(p.max()) + 1) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        t = torch.nn.functional.pad(t, (0, max(0, width - t.shape[2])))[..., :width]
+        groups.append(Group(t.contiguous(), p.contiguous(), a.contiguous()))
+    return groups
+
+
+@torch.no_grad()
+def accuracies(task: Task, forward: Forward, weights: Tensor, ends: tuple[int, int], sequences: int) -> list[float]:
+    """Of each model on fresh sequences, those of `fit.evaluate`; float32 products are not shortened."""
+    batch = task.sample(sequences, *ends, seeded_generator(task.name, "evaluation", *ends))
+    length = batch.inputs.shape[1]
+    rows = max(1, TOKENS_AT_ONCE[weights.device.type] // (len(weights) * length * max(1, length // 512)))
+    correct = torch.zeros(len(weights), dtype=torch.float64)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    for start in range(0, sequences, rows):
+        part = batch.rows(start, start + rows).to(weights.device)
+        guesses = forward(weights, part.inputs, part.positions[:, 0]).argmax(-1)
+        correct += (guesses == part.answers[:, 0]).double().sum(1).cpu()
+    torch.set_float32_matmul_precision(precision)
+    return (correct / sequences).tolist()
+
+
+class Sweep:
+    """One plan in one folder; `run` goes on from where the folder is."""
+
+    def __init__(
+        self, plan: Plan, entrants: Entrants, folder: Path, device: torch.device, *, compiled: bool = False,
+        pool: Executor | None = None, save_every: float = 60.0, say: Callable[[str], object] = sys.stderr.write,
+    ):  # fmt: skip
+        self.plan, self.entrants, self.folder, self.device = plan, entrants, folder, device
+        self.compiled, self.pool, self.save_every, self.say = compiled, pool, save_every, say
+        self.task, self.rows = make_task(plan.task), list(range(len(plan.members)))
+        self.dropped: list[dict[str, Any]] = []
+        self.probes: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self.training = Captured(
+            entrants.layout, entrants.weights, entrants.exist, [m.rate for m in plan.members], plan.settings, device
+        )
+
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+        """Train and evaluate; what results.json holds, or None where it was stopped. ValueError: another plan's folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / RESULTS).is_file():
+            results = json.loads((self.folder / RESULTS).read_text())
+            require_same(results["identity"], self.plan.identity(), self.folder)
+            return results
+        self._resume()
+        with ThreadPoolExecutor(1) as ahead:
+            return self._curriculum(ahead, should_stop)
+
+    def _curriculum(self, ahead: Executor, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """`run` from the stage in which the training is; the sequences of the next stage are made during each."""
+        steps, stages = self.plan.settings.steps, len(self.plan.settings.stages)
+        begin = self._taken() // steps
+        coming = ahead.submit(stage_groups, self.plan, begin, self.pool) if begin < stages else None
+        for stage in range(begin, stages):
+            if self._taken() == stage * steps:
+                self._drop(stage)
+            assert coming is not None
+            groups = coming.result()
+            coming = ahead.submit(stage_groups, self.plan, stage + 1, self.pool) if stage + 1 < stages else None
+            widths = [g.tokens.shape[2] for g in groups]
+            self.say(f"{self.folder.name}: stage {stage + 1}, {len(self.rows)} models, widths {widths}\n")
+            began = time.perf_counter()
+            last = stage + 1 == stages
+            torch.set_float32_matmul_precision("highest" if last else self.plan.precision)
+            self._start(groups)
+            self.say(f"{self.folder.name}: captured in {time.perf_counter() - began:.1f} s\n")
+            if not self._train_until((stage + 1) * steps, should_stop):
+                return None
+            self._probe()
+            self._save()
+            if not last and should_stop():
+                return None
+        return self._finish()
+
+    def _taken(self) -> int:
+        return int(self.training.count)
+
+    def _start(self, groups: list[Group]) -> None:
+        try:
+            self.training.start_stage(self.entrants.forward(self.rows, self.device, compiled=self.compiled), groups)
+        except Exception as error:
+            if not self.compiled:
+                raise
+            self.say(f"{self.folder.name}: not compiled after all ({type(error).__name__}: {str(error)[:2000]})\n")
+            self.compiled = False
+            self.training.start_stage(self.entrants.forward(self.rows, self.device), groups)
+
+    def _train_until(self, end: int, should_stop: Callable[[], bool]) -> bool:
+        """Whether it got there; a checkpoint where not."""
+        taken, saved, began = self._taken(), time.perf_counter(), time.perf_counter()
+        first, before = taken, self.seconds
+        while taken < end:
+            now = min(end - taken, 100)
+            self.training.advance(now)
+            taken += now
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds = before + time.perf_counter() - began
+            late = should_stop()
+            if late or taken % 1000 == 0 or taken == end:
+                recent = self.training.losses[max(0, taken - 100) : taken].mean(0).tolist()
+                pace = 1e3 * (time.perf_counter() - began) / (taken - first)
+                shown = " ".join(f"{loss:.3f}" for loss in recent)
+                self.say(f"{self.folder.name}: step {taken:,}, {pace:.2f} ms a step, losses {shown}\n")
+            if late and taken < end:
+                self._probe()
+                self._save()
+                return False
+            if time.perf_counter() - saved > self.save_every:
+                self._save()
+                saved = time.perf_counter()
+        return True
+
+    def _drop(self, stage: int) -> None:
+        """Keep the best of each kind by the mean loss of the last steps; diverged ones go first."""
+        taken, members = self._taken(), self.plan.members
+        if taken == 0:
+            return
+        recent = self.training.losses[max(0, taken - LOSSES_JUDGED) : taken].mean(0).tolist()
+        alive = self.training.alive.tolist()
+        order = sorted(range(len(self.rows)), key=lambda i: (not alive[i], recent[i] if alive[i] else 0.0))
+        count: dict[str, int] = {}
+        kept = []
+        for i in order:
+            kind = members[self.rows[i]].kind
+            count[kind] = count.get(kind, 0) + 1
+            if count[kind] <= self.plan.keep[stage]:
+                kept.append(i)
+            else:
+                self.dropped.append(
+                    {**asdict(members[self.rows[i]]), "before_stage": stage + 1, "steps": taken, "loss": recent[i]}
+                )
+        if len(kept) < len(self.rows):
+            kept.sort()
+            self.training.keep(kept)
+            self.rows = [self.rows[i] for i in kept]
+
+    def _scores(self, ends: tuple[int, int], sequences: int, rows: list[int] | None = None) -> list[float]:
+        """Scaled accuracy in % of the live models at the places `rows` of `self.rows`."""
+        places = list(range(len(self.rows))) if rows is None else rows
+        weights = self.training.weights[torch.tensor(places, device=self.device)]
+        forward = self.entrants.forward([self.rows[i] for i in places], self.device)
+        found = accuracies(self.task, forward, weights, ends, sequences)
+        return [100 * self.task.scaled_accuracy(a) for a in found]
+
+    def _probe(self) -> None:
+        ends = self.plan.settings.ranges[0]
+        scores = self._scores(ends, min(PROBE, self.plan.settings.sequences))
+        members = [asdict(self.plan.members[i]) for i in self.rows]
+        self.probes.append({
+            "steps": self._taken(), "ends": ends,
+            "scaled": [{**m, "score": round(s, 2)} for m, s in zip(members, scores, strict=True)],
+        })  # fmt: skip
+        shown = ", ".join(f"{m['kind']} {m['rate']:.1e}: {s:.1f}" for m, s in zip(members, scores, strict=True))
+        self.say(f"{self.folder.name}: at {ends[1]} tokens after {self._taken():,} steps: {shown}\n")
+        replace_file(self.folder / "probes.json", (json.dumps(self.probes, indent=1) + "\n").encode())
+
+    def _finish(self) -> dict[str, Any]:
+        settings, members = self.plan.settings, self.plan.members
+        recent = self.training.losses[-min(LOSSES_JUDGED, settings.total) :].mean(0).tolist()
+        alive, scaled = self.training.alive.tolist(), [{} for _ in self.rows]
+        for ends in settings.ranges:
+            if ends[1] <= 256:
+                for found, score in zip(scaled, self._scores(ends, settings.sequences), strict=True):
+                    found["{}-{}".format(*ends)] = score
+        first = "{}-{}".format(*settings.ranges[0])
+        best: dict[str, int] = {}
+        for i, row in enumerate(self.rows):
+            kind = members[row].kind
+            if kind not in best or (alive[i], scaled[i][first]) > (alive[best[kind]], scaled[best[kind]][first]):
+                best[kind] = i
+        winners = sorted(best.values())
+        for ends in settings.ranges:
+            if ends[1] > 256:
+                for i, score in zip(winners, self._scores(ends, settings.long_sequences, winners), strict=True):
+                    scaled[i]["{}-{}".format(*ends)] = score
+        named = self.training.parameters()
+        for kind, i in best.items():
+            self.entrants.save(self.rows[i], {k: v[i] for k, v in named.items()}, self.folder / f"best-{kind}")
+        results = {
+            "identity": self.plan.identity(),
+            "runs": [
+                {**asdict(members[row]), "loss": recent[i], "diverged": not alive[i], "scaled": scaled[i],
+                 "best_of_kind": best[members[row].kind] == i}
+                for i, row in enumerate(self.rows)
+            ],
+            "dropped": self.dropped, "probes": self.probes, "training_seconds": round(self.seconds, 1),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "torch": str(torch.__version__), "compiled": self.compiled,
+        }  # fmt: skip
+        replace_file(self.folder / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        return results
+
+    def _save(self) -> None:
+        """What the run goes on from."""
+        tensors = {k: v.contiguous() for k, v in self.training.tensors().items()}
+        header = {
+            "identity": json.dumps(self.plan.identity()), "rows": json.dumps(self.rows), "seconds": str(self.seconds),
+            "dropped": json.dumps(self.dropped), "probes": json.dumps(self.probes),
+        }  # fmt: skip
+        replace_file(self.folder / CHECKPOINT, save(tensors, metadata=header))
+
+    def _resume(self) -> None:
+        place = self.folder / CHECKPOINT
+        if not place.is_file():
+            return
+        with safe_open(place, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        require_same(json.loads(header["identity"]), self.plan.identity(), self.folder)
+        rows = json.loads(header["rows"])
+        if len(rows) < len(self.rows):
+            self.training.keep(rows)
+        self.rows, self.seconds = rows, float(header["seconds"])
+        self.dropped, self.probes = json.loads(header["dropped"]), json.loads(header["probes"])
+        self.training.load(tensors)
+
+
+def shorter(plan: Plan, **changes: Any) -> Plan:
+    """The plan with other settings."""
+    return replace(plan, settings=replace(plan.settings, **changes))
