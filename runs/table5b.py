@@ -53,8 +53,10 @@ def plans(settings: Settings, rates: tuple[float, ...]) -> dict[str, Plan]:
     def add(name: str, task: str, d_model: int, kinds: tuple[str, ...], keep: dict[int, tuple[int, ...]]) -> None:
         members = tuple(Member(kind, rate, 0) for kind in kinds for rate in rates)
         stages = len(settings.stages)
+        # Grazzi et al.'s repository: no weight decay on parity, 0.1 on arithmetic.
+        own = replace(settings, weight_decay=0.0) if task == "parity" else settings
         found[f"{task}.{name}.d{d_model}"] = Plan(
-            task, d_model, members, settings, keep.get(stages, (8,) * stages), (1,) + (2,) * (stages - 1)
+            task, d_model, members, own, keep.get(stages, (8,) * stages), (1,) + (2,) * (stages - 1)
         )
 
     hard = TASKS[1:]
@@ -73,6 +75,8 @@ def plans(settings: Settings, rates: tuple[float, ...]) -> dict[str, Plan]:
     for kind in ("transformer", "gdn", "mamba2"):
         for task in TASKS:
             add(kind, task, 64, (kind,), OTHERS)
+    for task in TASKS:
+        add("allturn", task, 64, ("mamba3-allturn",), OTHERS)
     add("ablations", "parity", 64, ABLATIONS, OTHERS)
     for task in hard:
         add("ablations", task, 64, ABLATIONS, OTHERS)
@@ -189,8 +193,7 @@ def table(wanted: dict[str, Plan], out: Path) -> list[dict]:
             row["paper"] = printed[TASKS.index(plan.task)] if printed else None
             if results is None:
                 why = (place / "failed.txt").read_text() if (place / "failed.txt").is_file() else None
-                probes = json.loads((place / "probes.json").read_text()) if (place / "probes.json").is_file() else []
-                rows.append({**row, "failed": why} if why else {**row, "unfinished": probes})
+                rows.append({**row, "failed": why} if why else row)
                 continue
             runs = [run for run in results["runs"] if run["kind"] == kind]
             best = next(run for run in runs if run["best_of_kind"])

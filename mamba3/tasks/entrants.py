@@ -44,6 +44,30 @@ def _seeded(build, seed: int):
         return build()
 
 
+def _compiled(mixer):
+    """torch.compile of a mixer for any number of models and tokens."""
+    run = torch.compile(mixer)
+
+    def marked(
+        sizes: folded.Sizes, which: folded.Switches, layer: dict[str, Tensor], rows: folded.Rows, last
+    ) -> Tensor:
+        # Each weight on its own: as views of one matrix they would bring their places in it along.
+        layer = {k: v.contiguous() for k, v in layer.items() if k in MIXED}
+        for value in (*which, *layer.values()):
+            torch._dynamo.maybe_mark_dynamic(value, 0)
+        for value in rows:
+            if value is not None:
+                torch._dynamo.maybe_mark_dynamic(value, 0)
+                if value.ndim == 4:
+                    torch._dynamo.maybe_mark_dynamic(value, 2)
+        return run(sizes, which, layer, rows, last)
+
+    return marked
+
+
+MIXED = tuple(f"mixer.{name}" for name in ("dt_bias", "B_bias", "C_bias", "D", "mimo_x", "mimo_z", "mimo_o"))
+
+
 class Folded:
     """Mamba-3 models that differ in switches alone."""
 
@@ -62,18 +86,13 @@ class Folded:
         which = folded.switches([self.configs[i] for i in rows], device, self.weights.dtype)
         sizes, layout = self.sizes, self.layout
 
-        def plain(weights: Tensor, which: folded.Switches, tokens: Tensor, positions: Tensor, chunks: int) -> Tensor:
-            return folded.answer_logits(sizes, which, layout.split(weights), tokens, positions, chunks)
-
-        run = torch.compile(plain) if compiled else plain
+        mixers = folded.Mixers(folded.mix, folded.mix_at)
+        if compiled:
+            mixers = folded.Mixers(*(_compiled(mixer) for mixer in mixers))
 
         def logits(weights: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
             tokens, chunks = folded.in_chunks(tokens, sizes.r)
-            if compiled:
-                torch._dynamo.maybe_mark_dynamic(tokens, 1)
-                for value in (weights, *which):
-                    torch._dynamo.maybe_mark_dynamic(value, 0)
-            return run(weights, which, tokens, positions, chunks)
+            return folded.answer_logits(sizes, which, layout.split(weights), tokens, positions, chunks, mixers)
 
         return logits
 

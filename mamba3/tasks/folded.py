@@ -14,6 +14,7 @@ caller allows it, touches amplitudes only; sums along the sequence are float64 a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -141,40 +142,52 @@ def _kept_rows(config: Mamba3Config, sizes: Sizes, device: torch.device) -> Tens
     return kept > 0
 
 
+class Mixers(NamedTuple):
+    """What the layers' work between their projections is done by; `torch.compile` of each is another choice."""
+
+    everywhere: Callable[..., Tensor]
+    at: Callable[..., Tensor]
+
+
 def answer_logits(
-    sizes: Sizes, which: Switches, parameters: dict[str, Tensor], tokens: Tensor, positions: Tensor, chunks: int = 1
-) -> Tensor:
+    sizes: Sizes, which: Switches, parameters: dict[str, Tensor], tokens: Tensor, positions: Tensor, chunks: int = 1,
+    mixers: Mixers | None = None,
+) -> Tensor:  # fmt: skip
     """Logits [m, b, v] at position `positions` [b] of the sequences `tokens` [b, t]; parameters as `widened`, [m, ...].
 
     The tokens are worked on in `chunks` parts of equal length; the scores of each are one matrix.
     """
+    mixers = mixers or Mixers(mix, mix_at)
     b, t = tokens.shape
-    table = parameters["embedding.weight"]
-    ids = torch.arange(sizes.vocab, device=tokens.device)
-    one_hot = (tokens.unsqueeze(-1) == ids).to(table.dtype)
-    asked = (tokens.gather(1, positions.unsqueeze(1)) == ids).double()
-    h = (asked @ table.double()).to(table.dtype)
+    table, parts = parameters["embedding.weight"], math.gcd(PARTS, b)
+    one_hot = tokens.unsqueeze(-1) == torch.arange(sizes.vocab, device=tokens.device)
+    one_hot, flat = one_hot.view(parts, b // parts * t, sizes.vocab).to(table.dtype), tokens.flatten()
+    last = tokens.gather(1, positions.unsqueeze(1)).squeeze(1)
 
-    parts = math.gcd(PARTS, b)
-
-    def spread(v: Tensor) -> Tensor:  # [m, vocabulary, c] to [m, b, t, c]; the gradient sums over t, then over b
-        return one_hot.to(v.dtype) @ v.unsqueeze(1)
+    def spread(v: Tensor) -> Tensor:  # [m, vocabulary, c] to [m, b, t, c]
+        return Spread.apply(v, flat, one_hot).unflatten(1, (b, t))
 
     every = None  # the residual stream at every token; the first layer needs only the table
     for i in range(sizes.layers):
         own = f"layers.{i}."
-        layer = _Layer(sizes, which, {k.removeprefix(own): v for k, v in parameters.items() if k.startswith(own)})
+        layer = {k.removeprefix(own): v for k, v in parameters.items() if k.startswith(own)}
+        final = i == sizes.layers - 1
         if every is None:
-            inputs = layer.inputs(table, spread)
+            h = table[:, last]
+            rows = project(sizes, layer, table, 1, queries=not final)
+            rows = Rows(*(None if v is None else spread(v) for v in rows))
         else:
-            inputs = layer.inputs(every.flatten(1, 2), lambda v: v.unflatten(1, (b, t)), parts)
-        if i == sizes.layers - 1:
-            if every is not None:
-                h = every.gather(2, positions.view(1, b, 1, 1).expand(every.shape[0], b, 1, every.shape[3])).squeeze(2)
-            logits = _normed(layer.at(inputs, h, positions), parameters["norm_f.weight"], sizes.eps) @ table.mT
-            return logits[..., : sizes.answers]
-        before = spread(table.double()).to(table.dtype) if every is None else every
-        every = before + layer.everywhere(inputs, before, chunks, parts)
+            h = every.gather(2, positions.view(1, b, 1, 1).expand(every.shape[0], b, 1, every.shape[3])).squeeze(2)
+            rows = project(sizes, layer, every.flatten(1, 2), parts, queries=not final)
+            rows = Rows(*(None if v is None else v.unflatten(1, (b, t)) for v in rows))
+        out = layer["mixer.out_proj.weight"].mT
+        if final:
+            asked = project(sizes, layer, h, 1, keys=False)
+            h = h + mixers.at(sizes, which, layer, rows._replace(z=asked.z, C=asked.C), positions) @ out
+            return (_normed(h, parameters["norm_f.weight"], sizes.eps) @ table.mT)[..., : sizes.answers]
+        y = mixers.everywhere(sizes, which, layer, rows, chunks)
+        before = spread(table) if every is None else every
+        every = before + Product.apply(y.flatten(1, 2), out, parts).unflatten(1, (b, t))
     raise AssertionError("a model has at least one layer")
 
 
@@ -203,6 +216,20 @@ class Product(Function):
         return grad @ weight.mT, sums.sum(1), None
 
 
+class Spread(Function):
+    """table [m, v, c] at tokens [s], [m, s, c]; the gradient as products with one_hot [parts, s / parts, v], then a sum."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, tokens: Tensor, one_hot: Tensor) -> Tensor:
+        ctx.save_for_backward(one_hot)
+        return table.index_select(1, tokens)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (one_hot,) = ctx.saved_tensors
+        return (one_hot.mT @ grad.unflatten(1, one_hot.shape[:2])).sum(1), None, None
+
+
 class Weighted(Function):
     """scores [..., l, l] times exp(sums_l - from_s) below the diagonal, gamma on it, zero above.
 
@@ -228,8 +255,47 @@ class Weighted(Function):
         return grad * weights, product.sum(-1), -product.sum(-2), grad_gamma
 
 
-class _Inputs(NamedTuple):
-    """x [m, b, h, t, r, p]; B [m, b, 1, t, r, n], without bias; log_alpha, w, gamma [m, b, h, t]; phi [m, b, h, t, a]."""
+class Rows(NamedTuple):
+    """What a layer projects, of each row of the residual stream: z, x [m, ..., h p], normed B, C [m, ..., r n], raw
+    [m, ..., 3 h + a], that is dt, A, lambda, theta."""
+
+    z: Tensor | None
+    x: Tensor | None
+    B: Tensor | None
+    C: Tensor | None
+    raw: Tensor | None
+
+
+def _normed(v: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """v [m, ..., c] / rms(v) * weight [m, c]."""
+    y = F.rms_norm(v, v.shape[-1:], eps=eps)
+    return y * weight.view(-1, *(1,) * (v.ndim - 2), weight.shape[-1])
+
+
+def project(
+    sizes: Sizes, layer: dict[str, Tensor], source: Tensor, parts: int, *, keys: bool = True, queries: bool = True
+) -> Rows:
+    """Of rows [m, s, d] of the residual stream: x, B and raw if `keys`, z and C if `queries`. parts divide s."""
+    h, p, n, r = sizes.heads, sizes.p, sizes.n, sizes.r
+    cut = (h * p, h * p, r * n, r * n, 3 * h + sizes.pairs)
+    wz, wx, wB, wC, angles = (v.mT for v in layer["mixer.in_proj.weight"].split(cut, dim=1))
+    u = _normed(source, layer["norm.weight"], sizes.eps)
+    z = x = B = C = raw = None
+
+    def normed(v: Tensor, name: str) -> Tensor:
+        return _normed(v.unflatten(-1, (r, n)), layer[f"mixer.{name}.weight"], sizes.eps).flatten(-2)
+
+    if keys:
+        x, B = Product.apply(u, wx, parts), normed(Product.apply(u, wB, parts), "B_norm")
+        raw = Product.apply(u.double(), angles.double(), parts).to(u.dtype)
+    if queries:
+        z, C = Product.apply(u, wz, parts), normed(Product.apply(u, wC, parts), "C_norm")
+    return Rows(z, x, B, C, raw)
+
+
+class _Keys(NamedTuple):
+    """x [m, b, h, t, r, p]; B [m, b, h, t, r, n], biased and turned; log_alpha, w, gamma [m, b, h, t]; phi
+    [m, b, h, t, a]."""
 
     x: Tensor
     B: Tensor
@@ -239,132 +305,100 @@ class _Inputs(NamedTuple):
     phi: Tensor
 
 
-def _normed(v: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """v [m, ..., c] / rms(v) * weight [m, c]."""
-    y = F.rms_norm(v, v.shape[-1:], eps=eps)
-    return y * weight.view(-1, *(1,) * (v.ndim - 2), weight.shape[-1])
+def _switch(v: Tensor) -> Tensor:
+    return v.view(-1, 1, 1, 1)
 
 
-class _Layer:
-    """One layer of all models; weights [m, ...] by the names of `mamba3.lm.model.Block`."""
+def _keys(sizes: Sizes, which: Switches, layer: dict[str, Tensor], rows: Rows) -> _Keys:
+    """Every nonlinearity of the coefficients, the angles, B with bias and turned."""
+    assert rows.x is not None and rows.B is not None and rows.raw is not None
+    x = rows.x.unflatten(-1, (sizes.heads, 1, sizes.p)).permute(0, 1, 3, 2, 4, 5)
+    if sizes.r > 1:
+        x = x * layer["mixer.mimo_x"][:, None, :, None]
+    dt, A, lam, theta = rows.raw.movedim(-1, 2).split([sizes.heads, sizes.heads, sizes.heads, sizes.pairs], dim=2)
+    dt = F.softplus(dt + layer["mixer.dt_bias"][:, None, :, None])
+    A = -torch.where(_switch(which.heavy) > 0, heavy_tail(A), F.softplus(A)).clamp(min=sizes.A_floor)
+    lam = torch.where(_switch(which.fixed) > 0, _switch(which.lam), lam.sigmoid())
+    c = discretize(dt, A, lam)
+    w = c.gamma + F.pad(c.halo[..., 1:], (0, 1))
+    frequencies = 10000.0 ** -(torch.arange(sizes.pairs, device=dt.device, dtype=dt.dtype) / max(sizes.pairs, 1))
+    turn = (math.pi * theta.tanh()).mT.unsqueeze(2) * (dt * _switch(which.turns)).unsqueeze(-1)
+    turn = turn + frequencies * _switch(which.rope).unsqueeze(-1)
+    phi = wrap(turn.double().cumsum(3)).to(dt.dtype)
+    return _Keys(x, _turned(sizes, rows.B, layer["mixer.B_bias"], phi), c.log_alpha, w, c.gamma, phi)
 
-    def __init__(self, sizes: Sizes, which: Switches, weights: dict[str, Tensor]):
-        self.sizes, self.which, self.weights = sizes, which, weights
-        h, p, n, r = sizes.heads, sizes.p, sizes.n, sizes.r
-        rows = weights["mixer.in_proj.weight"].split([h * p, h * p, r * n, r * n, 3 * h + sizes.pairs], dim=1)
-        self.z, self.x, self.B, self.C, self.coefficients = (v.mT for v in rows)
 
-    def _w(self, name: str) -> Tensor:
-        return self.weights[f"mixer.{name}"]
+def _turned(sizes: Sizes, v: Tensor, bias: Tensor, phi: Tensor) -> Tensor:
+    """v [m, b, t, r n] with bias [m, h, r, n], turned by phi [m, b, h, t, a]: [m, b, h, t, r, n]."""
+    v = v.unflatten(-1, (sizes.r, sizes.n)).unsqueeze(2)
+    return rotate_pairs(v + bias[:, None, :, None], phi.cos().unsqueeze(-2), phi.sin().unsqueeze(-2))
 
-    def inputs(self, source: Tensor, spread, parts: int = 1) -> _Inputs:
-        """From rows [m, s, d] of the residual stream; spread: [m, s, c] to [m, b, t, c]; parts divide s."""
-        z, which = self.sizes, self.which
-        u = _normed(source, self.weights["norm.weight"], z.eps)
-        x = spread(Product.apply(u, self.x, parts)).unflatten(-1, (z.heads, 1, z.p)).permute(0, 1, 3, 2, 4, 5)
-        if z.r > 1:
-            x = x * self._w("mimo_x")[:, None, :, None]
-        B = spread(
-            _normed(Product.apply(u, self.B, parts).unflatten(-1, (z.r, z.n)), self._w("B_norm.weight"), z.eps).flatten(
-                2
-            )
-        )
-        raw = spread(Product.apply(u.double(), self.coefficients.double(), parts)).to(u.dtype).movedim(-1, 2)
-        dt, A, lam, theta = raw.split([z.heads, z.heads, z.heads, z.pairs], dim=2)  # [m, b, h or a, t]
 
-        def switch(v: Tensor) -> Tensor:
-            return v.view(-1, 1, 1, 1)
+def mix(sizes: Sizes, which: Switches, layer: dict[str, Tensor], rows: Rows, chunks: int) -> Tensor:
+    """What a layer's out_proj reads, [m, b, t, h p], of rows [m, b, t, ...]; `chunks` divides t."""
+    assert rows.x is not None and rows.C is not None and rows.z is not None
+    keys, r, chunk = _keys(sizes, which, layer, rows), sizes.r, rows.x.shape[2] // chunks
 
-        dt = F.softplus(dt + self._w("dt_bias")[:, None, :, None])
-        A = -torch.where(switch(which.heavy) > 0, heavy_tail(A), F.softplus(A)).clamp(min=z.A_floor)
-        lam = torch.where(switch(which.fixed) > 0, switch(which.lam), lam.sigmoid())
-        c = discretize(dt, A, lam)
-        w = c.gamma + F.pad(c.halo[..., 1:], (0, 1))
-        frequencies = 10000.0 ** -(torch.arange(z.pairs, device=dt.device, dtype=dt.dtype) / max(z.pairs, 1))
-        turn = (math.pi * theta.tanh()).mT.unsqueeze(2) * (dt * switch(which.turns)).unsqueeze(-1)
-        turn = turn + frequencies * switch(which.rope).unsqueeze(-1)
-        phi = wrap(turn.double().cumsum(3)).to(dt.dtype)
-        return _Inputs(x, B.unflatten(-1, (1, z.r, z.n)).permute(0, 1, 3, 2, 4, 5), c.log_alpha, w, c.gamma, phi)
+    def cut(v: Tensor) -> Tensor:  # [m, b, h, t, ...] to [m, b, h, k, l, ...]
+        return v.unflatten(3, (chunks, chunk))
 
-    def _rotated(self, v: Tensor, bias: Tensor, phi: Tensor) -> Tensor:
-        """v [m, b, 1, t, r, n] with bias [m, h, r, n], turned by phi [m, b, h, t, a]."""
-        return rotate_pairs(v + bias[:, None, :, None], phi.cos().unsqueeze(-2), phi.sin().unsqueeze(-2))
+    x, B = cut(keys.x).flatten(4, 5), cut(keys.B).flatten(4, 5)
+    C = cut(_turned(sizes, rows.C, layer["mixer.C_bias"], keys.phi)).flatten(4, 5)
+    w, gamma, sums = cut(keys.w), cut(keys.gamma), cut(keys.log_alpha.double()).cumsum(-1).to(x.dtype)
+    scores = C @ B.mT
+    if r == 1:
+        scores = Weighted.apply(scores, sums, sums - w.clamp(min=SMALLEST_WEIGHT).log(), gamma)
+    else:
+        weights = between(sums, w, gamma)[..., :, None, :, None]
+        scores = (scores.unflatten(-1, (chunk, r)).unflatten(-3, (chunk, r)) * weights).flatten(-2).flatten(-3, -2)
+    y = scores @ x
+    if chunks > 1:
+        y = y + _from_earlier_chunks(x, B, C, w, sums, r)
+    y = y.unflatten(4, (chunk, r)).flatten(3, 4) + layer["mixer.D"][:, None, :, None, None, None] * keys.x
+    return _gated(sizes, layer, y.permute(0, 1, 3, 2, 4, 5), rows.z).flatten(-2)
 
-    def _query(self, rows: Tensor, parts: int = 1) -> tuple[Tensor, Tensor]:
-        """z [m, s, h p] and normed C [m, s, r, n] from rows [m, s, d] of the residual stream."""
-        u = _normed(rows, self.weights["norm.weight"], self.sizes.eps)
-        C = Product.apply(u, self.C, parts).unflatten(-1, (self.sizes.r, self.sizes.n))
-        return Product.apply(u, self.z, parts), _normed(C, self._w("C_norm.weight"), self.sizes.eps)
 
-    def everywhere(self, inp: _Inputs, before: Tensor, chunks: int, parts: int) -> Tensor:
-        """What the layer adds to `before` [m, b, t, d], at every token; `chunks` divides t."""
-        r, chunk = self.sizes.r, before.shape[2] // chunks
-        z, C = self._query(before.flatten(1, 2), parts)
-        C = C.unflatten(1, before.shape[1:3]).unsqueeze(2)
+def _from_earlier_chunks(x: Tensor, B: Tensor, C: Tensor, w: Tensor, sums: Tensor, r: int) -> Tensor:
+    """What the state that enters each chunk adds to y, [m, b, h, k, l r, p]."""
+    last = sums[..., -1:]
+    out = ((last - sums).exp() * w).repeat_interleave(r, -1)
+    local, total = B.mT @ (x * out.unsqueeze(-1)), last.exp().unsqueeze(-1)
+    S, entering = torch.zeros_like(local[:, :, :, 0]), []
+    for j in range(x.shape[3]):
+        entering.append(S)
+        S = torch.addcmul(local[:, :, :, j], S, total[:, :, :, j])
+    into = sums.exp().repeat_interleave(r, -1)
+    return (C @ torch.stack(entering, 3)) * into.unsqueeze(-1)
 
-        def cut(v: Tensor) -> Tensor:  # [m, b, h, t, ...] to [m, b, h, k, l, ...]
-            return v.unflatten(3, (chunks, chunk))
 
-        x = cut(inp.x).flatten(4, 5)
-        B = cut(self._rotated(inp.B, self._w("B_bias"), inp.phi)).flatten(4, 5)
-        C = cut(self._rotated(C, self._w("C_bias"), inp.phi)).flatten(4, 5)
-        w, gamma, sums = cut(inp.w), cut(inp.gamma), cut(inp.log_alpha.double()).cumsum(-1).to(x.dtype)
-        scores = C @ B.mT
-        if r == 1:
-            scores = Weighted.apply(scores, sums, sums - w.clamp(min=SMALLEST_WEIGHT).log(), gamma)
-        else:
-            weights = between(sums, w, gamma)[..., :, None, :, None]
-            scores = (scores.unflatten(-1, (chunk, r)).unflatten(-3, (chunk, r)) * weights).flatten(-2).flatten(-3, -2)
-        y = scores @ x
-        if chunks > 1:
-            y = y + self._from_earlier_chunks(x, B, C, w, sums)
-        y = y.unflatten(4, (chunk, r)).flatten(3, 4) + self._w("D")[:, None, :, None, None, None] * inp.x
-        y = self._gated(y.permute(0, 1, 3, 2, 4, 5), z.unflatten(1, before.shape[1:3]))
-        out = Product.apply(y.flatten(3).flatten(1, 2), self._w("out_proj.weight").mT, parts)
-        return out.unflatten(1, before.shape[1:3])
+def mix_at(sizes: Sizes, which: Switches, layer: dict[str, Tensor], rows: Rows, positions: Tensor) -> Tensor:
+    """`mix` at one token of each sequence: [m, b, h p]; z and C of `rows` are that token's, [m, b, ...]."""
+    assert rows.C is not None and rows.z is not None
+    keys, b = _keys(sizes, which, layer, rows), len(positions)
 
-    def _from_earlier_chunks(self, x: Tensor, B: Tensor, C: Tensor, w: Tensor, sums: Tensor) -> Tensor:
-        """What the state that enters each chunk adds to y, [m, b, h, k, l r, p]."""
-        r, last = self.sizes.r, sums[..., -1:]
-        out = ((last - sums).exp() * w).repeat_interleave(r, -1)
-        local, total = B.mT @ (x * out.unsqueeze(-1)), last.exp().unsqueeze(-1)
-        S, entering = torch.zeros_like(local[:, :, :, 0]), []
-        for j in range(x.shape[3]):
-            entering.append(S)
-            S = torch.addcmul(local[:, :, :, j], S, total[:, :, :, j])
-        into = sums.exp().repeat_interleave(r, -1)
-        return (C @ torch.stack(entering, 3)) * into.unsqueeze(-1)
+    def pick(v: Tensor) -> Tensor:  # [m, b, h, t, ...] at the asked token, t = 1
+        tail = v.shape[4:]
+        return v.gather(3, positions.view(1, b, 1, 1, *(1,) * len(tail)).expand(*v.shape[:3], 1, *tail))
 
-    def at(self, inp: _Inputs, before: Tensor, positions: Tensor) -> Tensor:
-        """`before` [m, b, d], the stream at the asked token, plus what the layer adds there."""
-        m, b = before.shape[:2]
+    C = _turned(sizes, rows.C.unsqueeze(2), layer["mixer.C_bias"], pick(keys.phi))  # [m, b, h, 1, r, n]
+    sums = keys.log_alpha.double().cumsum(3)
+    i = torch.arange(keys.w.shape[3], device=C.device)
+    earlier, same = (i < positions[:, None])[None, :, None], (i == positions[:, None])[None, :, None]
+    weights = (pick(sums) - sums).masked_fill(~earlier, -torch.inf).to(C.dtype).exp() * keys.w
+    weights = torch.where(same, keys.gamma, weights)[..., None, None]
+    if sizes.r == 1:
+        y = ((C * keys.B).sum(-1, keepdim=True) * weights * keys.x).sum(3)
+    else:
+        scores = torch.einsum("mbhrn,mbhtsn->mbhtrs", C.squeeze(3), keys.B) * weights
+        y = torch.einsum("mbhtrs,mbhtsp->mbhrp", scores, keys.x)
+    y = y + layer["mixer.D"][:, None, :, None, None] * pick(keys.x).squeeze(3)
+    return _gated(sizes, layer, y.unsqueeze(2), rows.z.unsqueeze(2)).flatten(2)
 
-        def pick(v: Tensor) -> Tensor:  # [m, b, h, t, ...] at the asked token, t = 1
-            tail = v.shape[4:]
-            return v.gather(3, positions.view(1, b, 1, 1, *(1,) * len(tail)).expand(m, b, v.shape[2], 1, *tail))
 
-        z, C = self._query(before)
-        C = self._rotated(C[:, :, None, None], self._w("C_bias"), pick(inp.phi))  # [m, b, h, 1, r, n]
-        B = self._rotated(inp.B, self._w("B_bias"), inp.phi)  # [m, b, h, t, s, n]
-        sums = inp.log_alpha.double().cumsum(3)
-        i = torch.arange(inp.w.shape[3], device=z.device)
-        earlier, same = (i < positions[:, None])[None, :, None], (i == positions[:, None])[None, :, None]
-        weights = (pick(sums) - sums).masked_fill(~earlier, -torch.inf).to(z.dtype).exp() * inp.w
-        weights = torch.where(same, inp.gamma, weights)
-        if self.sizes.r == 1:
-            scores = (C * B).sum(-1, keepdim=True) * weights[..., None, None]
-            y = (scores * inp.x).sum(3)
-        else:
-            scores = torch.einsum("mbhrn,mbhtsn->mbhtrs", C.squeeze(3), B) * weights[..., None, None]
-            y = torch.einsum("mbhtrs,mbhtsp->mbhrp", scores, inp.x)
-        y = y + self._w("D")[:, None, :, None, None] * pick(inp.x).squeeze(3)
-        y = self._gated(y.unsqueeze(2), z.unsqueeze(2))
-        return before + y.flatten(2) @ self._w("out_proj.weight").mT
-
-    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
-        """y [m, b, t, h, r, p] and z [m, b, t, h p] to [m, b, t, h, p]."""
-        z = z.unflatten(-1, (self.sizes.heads, 1, self.sizes.p))
-        if self.sizes.r == 1:
-            return (y * F.silu(z)).squeeze(-2)
-        y = y * F.silu(z * self._w("mimo_z")[:, None, None])
-        return (y * self._w("mimo_o")[:, None, None]).sum(-2)
+def _gated(sizes: Sizes, layer: dict[str, Tensor], y: Tensor, z: Tensor) -> Tensor:
+    """y [m, b, t, h, r, p] and z [m, b, t, h p] to [m, b, t, h, p]."""
+    z = z.unflatten(-1, (sizes.heads, 1, sizes.p))
+    if sizes.r == 1:
+        return (y * F.silu(z)).squeeze(-2)
+    y = y * F.silu(z * layer["mixer.mimo_z"][:, None, None])
+    return (y * layer["mixer.mimo_o"][:, None, None]).sum(-2)

@@ -35,7 +35,7 @@ class Peer(nn.Module):
             raise ValueError(f"this model cannot be built: {reason}.")
         make = {"gdn": _gated_deltanet, "mamba2": _mamba2}[kind]
         # The kernels of gated DeltaNet take 16 bits alone.
-        self.half = kind == "gdn"
+        self.in_16_bits = kind == "gdn"
         self.embedding = nn.Embedding(vocab_size, d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.norms = nn.ModuleList(RMSNorm(d_model) for _ in range(layers))
@@ -45,7 +45,7 @@ class Peer(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         h = self.embedding(tokens)
         for norm, mixer in zip(self.norms, self.mixers, strict=True):
-            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.half):
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.in_16_bits):
                 y = mixer(norm(h))
             h = h + (y[0] if isinstance(y, tuple) else y).to(h.dtype)
         asked = h.gather(1, positions.view(-1, 1, 1).expand(-1, 1, h.shape[2])).squeeze(1)

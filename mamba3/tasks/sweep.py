@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mamba3.ops.state_file import replace_file
 from mamba3.tasks import make_task
-from mamba3.tasks.base import Task
+from mamba3.tasks.base import Batch, Task
 from mamba3.tasks.captured import Captured, Forward, Group
 from mamba3.tasks.entrants import Entrants
 from mamba3.tasks.fit import CHECKPOINT, RESULTS, STEPS_A_DRAW, require_same, seeded_generator
@@ -34,8 +34,9 @@ from mamba3.tasks.settings import Settings
 
 WIDTH_MULTIPLE = 8
 TOKENS_AT_ONCE = {"cpu": 2**15, "cuda": 2**19}
-LOSSES_JUDGED = 500  # of a stage's last steps, by whose mean models are dropped
-PROBE = 2048  # sequences of 256 tokens by which each stage's end is looked at
+AT_ONCE = 100  # steps between two looks at the clock
+WINDOW = 500  # steps: models are dropped by the least mean loss of any such window of the stage that ends
+VALIDATE_EVERY, VALIDATED = 500, 1024  # steps; sequences of the first range of lengths, none of them evaluated later
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ def stage_groups(plan: Plan, stage: int, pool: Executor | None) -> list[Group]:
 
 
 @torch.no_grad()
-def accuracies(task: Task, forward: Forward, weights: Tensor, ends: tuple[int, int], sequences: int) -> list[float]:
-    """Of each model on fresh sequences, those of `fit.evaluate`; float32 products are not shortened."""
-    batch = task.sample(sequences, *ends, seeded_generator(task.name, "evaluation", *ends))
+def accuracies(task: Task, forward: Forward, weights: Tensor, batch: Batch) -> list[float]:
+    """Of each model; float32 products are not shortened."""
+    sequences = len(batch.inputs)
     length = batch.inputs.shape[1]
     rows = max(1, TOKENS_AT_ONCE[weights.device.type] // (len(weights) * length * max(1, length // 512)))
     correct = torch.zeros(len(weights), dtype=torch.float64)
@@ -135,11 +136,17 @@ class Sweep:
         self.compiled, self.pool, self.save_every, self.say = compiled, pool, save_every, say
         self.task, self.rows = make_task(plan.task), list(range(len(plan.members)))
         self.dropped: list[dict[str, Any]] = []
-        self.probes: list[dict[str, Any]] = []
+        self.validations: list[dict[str, Any]] = []
         self.seconds = 0.0
         self.training = Captured(
             entrants.layout, entrants.weights, entrants.exist, [m.rate for m in plan.members], plan.settings, device
         )
+        # Of each model the weights with which it validated best so far, that score (in %) and the step.
+        self.chosen = self.training.weights.clone()
+        self.best = torch.full((len(plan.members), 2), -torch.inf)
+        ends = plan.settings.ranges[0]
+        count = min(VALIDATED, plan.settings.sequences)
+        self.validation = self.task.sample(count, *ends, seeded_generator(plan.task, "validation", *ends))
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
         """Train and evaluate; what results.json holds, or None where it was stopped. ValueError: another plan's folder."""
@@ -172,7 +179,6 @@ class Sweep:
             self.say(f"{self.folder.name}: captured in {time.perf_counter() - began:.1f} s\n")
             if not self._train_until((stage + 1) * steps, should_stop):
                 return None
-            self._probe()
             self._save()
             if not last and should_stop():
                 return None
@@ -195,21 +201,24 @@ class Sweep:
         """Whether it got there; a checkpoint where not."""
         taken, saved, began = self._taken(), time.perf_counter(), time.perf_counter()
         first, before = taken, self.seconds
+        forward = self.entrants.forward(self.rows, self.device)
         while taken < end:
-            now = min(end - taken, 100)
+            now = min(end - taken, AT_ONCE - taken % AT_ONCE)
             self.training.advance(now)
             taken += now
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self.seconds = before + time.perf_counter() - began
             late = should_stop()
+            if taken % VALIDATE_EVERY == 0 or taken == end:
+                self._validate(forward, taken)
+            self.seconds = before + time.perf_counter() - began
             if late or taken % 1000 == 0 or taken == end:
                 recent = self.training.losses[max(0, taken - 100) : taken].mean(0).tolist()
                 pace = 1e3 * (time.perf_counter() - began) / (taken - first)
                 shown = " ".join(f"{loss:.3f}" for loss in recent)
-                self.say(f"{self.folder.name}: step {taken:,}, {pace:.2f} ms a step, losses {shown}\n")
+                found = " ".join(f"{score:.0f}" for score in self.best[:, 0].tolist())
+                self.say(f"{self.folder.name}: step {taken:,}, {pace:.2f} ms, losses {shown}, best {found}\n")
             if late and taken < end:
-                self._probe()
                 self._save()
                 return False
             if time.perf_counter() - saved > self.save_every:
@@ -217,12 +226,23 @@ class Sweep:
                 saved = time.perf_counter()
         return True
 
+    def _validate(self, forward: Forward, taken: int) -> None:
+        """Score the models as they are; keep the weights of those that were never better."""
+        found = accuracies(self.task, forward, self.training.weights, self.validation)
+        scores = torch.tensor([100 * self.task.scaled_accuracy(a) for a in found])
+        better = scores > self.best[:, 0]
+        self.best[better] = torch.stack([scores, torch.full_like(scores, taken)], dim=1)[better]
+        rows = better.to(self.device).unsqueeze(1)
+        self.chosen = torch.where(rows, self.training.weights, self.chosen)
+        self.validations.append({"step": taken, "rows": self.rows, "scaled": [round(v, 2) for v in scores.tolist()]})
+
     def _drop(self, stage: int) -> None:
-        """Keep the best of each kind by the mean loss of the last steps; diverged ones go first."""
+        """Keep the best of each kind by the least loss of the stage that ended; diverged ones go first."""
         taken, members = self._taken(), self.plan.members
         if taken == 0:
             return
-        recent = self.training.losses[max(0, taken - LOSSES_JUDGED) : taken].mean(0).tolist()
+        steps = self.training.losses[taken - self.plan.settings.steps : taken]
+        recent = torch.stack([w.mean(0) for w in steps.split(WINDOW)]).nan_to_num(torch.inf).amin(0).tolist()
         alive = self.training.alive.tolist()
         order = sorted(range(len(self.rows)), key=lambda i: (not alive[i], recent[i] if alive[i] else 0.0))
         count: dict[str, int] = {}
@@ -237,37 +257,31 @@ class Sweep:
                     {**asdict(members[self.rows[i]]), "before_stage": stage + 1, "steps": taken, "loss": recent[i]}
                 )
         if len(kept) < len(self.rows):
-            kept.sort()
-            self.training.keep(kept)
-            self.rows = [self.rows[i] for i in kept]
+            self._keep(sorted(kept))
 
-    def _scores(self, ends: tuple[int, int], sequences: int, rows: list[int] | None = None) -> list[float]:
-        """Scaled accuracy in % of the live models at the places `rows` of `self.rows`."""
-        places = list(range(len(self.rows))) if rows is None else rows
-        weights = self.training.weights[torch.tensor(places, device=self.device)]
+    def _keep(self, places: list[int]) -> None:
+        """Go on with the models at these places of `rows`."""
+        self.training.keep(places)
+        self.rows = [self.rows[i] for i in places]
+        self.chosen, self.best = self.chosen[torch.tensor(places, device=self.device)], self.best[places]
+
+    def _scores(self, ends: tuple[int, int], sequences: int, places: list[int]) -> list[float]:
+        """Scaled accuracy in % of the weights chosen for the models at these places of `rows`, on the sequences of
+        `fit.evaluate`."""
+        batch = self.task.sample(sequences, *ends, seeded_generator(self.task.name, "evaluation", *ends))
         forward = self.entrants.forward([self.rows[i] for i in places], self.device)
-        found = accuracies(self.task, forward, weights, ends, sequences)
+        found = accuracies(self.task, forward, self.chosen[torch.tensor(places, device=self.device)], batch)
         return [100 * self.task.scaled_accuracy(a) for a in found]
-
-    def _probe(self) -> None:
-        ends = self.plan.settings.ranges[0]
-        scores = self._scores(ends, min(PROBE, self.plan.settings.sequences))
-        members = [asdict(self.plan.members[i]) for i in self.rows]
-        self.probes.append({
-            "steps": self._taken(), "ends": ends,
-            "scaled": [{**m, "score": round(s, 2)} for m, s in zip(members, scores, strict=True)],
-        })  # fmt: skip
-        shown = ", ".join(f"{m['kind']} {m['rate']:.1e}: {s:.1f}" for m, s in zip(members, scores, strict=True))
-        self.say(f"{self.folder.name}: at {ends[1]} tokens after {self._taken():,} steps: {shown}\n")
-        replace_file(self.folder / "probes.json", (json.dumps(self.probes, indent=1) + "\n").encode())
 
     def _finish(self) -> dict[str, Any]:
         settings, members = self.plan.settings, self.plan.members
-        recent = self.training.losses[-min(LOSSES_JUDGED, settings.total) :].mean(0).tolist()
+        recent = self.training.losses[-min(WINDOW, settings.total) :].mean(0).tolist()
         alive, scaled = self.training.alive.tolist(), [{} for _ in self.rows]
         for ends in settings.ranges:
-            if ends[1] <= 256:
-                for found, score in zip(scaled, self._scores(ends, settings.sequences), strict=True):
+            if ends[1] <= 256 or ends == settings.ranges[0]:
+                for found, score in zip(
+                    scaled, self._scores(ends, settings.sequences, [*range(len(self.rows))]), strict=True
+                ):
                     found["{}-{}".format(*ends)] = score
         first = "{}-{}".format(*settings.ranges[0])
         best: dict[str, int] = {}
@@ -277,20 +291,21 @@ class Sweep:
                 best[kind] = i
         winners = sorted(best.values())
         for ends in settings.ranges:
-            if ends[1] > 256:
+            if ends[1] > 256 and ends != settings.ranges[0]:
                 for i, score in zip(winners, self._scores(ends, settings.long_sequences, winners), strict=True):
                     scaled[i]["{}-{}".format(*ends)] = score
-        named = self.training.parameters()
+        named = self.entrants.layout.split(self.chosen)
         for kind, i in best.items():
             self.entrants.save(self.rows[i], {k: v[i] for k, v in named.items()}, self.folder / f"best-{kind}")
         results = {
             "identity": self.plan.identity(),
             "runs": [
                 {**asdict(members[row]), "loss": recent[i], "diverged": not alive[i], "scaled": scaled[i],
+                 "validated": self.best[i, 0].item(), "at_step": int(self.best[i, 1]),
                  "best_of_kind": best[members[row].kind] == i}
                 for i, row in enumerate(self.rows)
             ],
-            "dropped": self.dropped, "probes": self.probes, "training_seconds": round(self.seconds, 1),
+            "dropped": self.dropped, "validations": self.validations, "training_seconds": round(self.seconds, 1),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "torch": str(torch.__version__), "compiled": self.compiled,
         }  # fmt: skip
@@ -301,9 +316,10 @@ class Sweep:
     def _save(self) -> None:
         """What the run goes on from."""
         tensors = {k: v.contiguous() for k, v in self.training.tensors().items()}
+        tensors |= {"chosen": self.chosen.cpu().contiguous(), "best": self.best.contiguous()}
         header = {
             "identity": json.dumps(self.plan.identity()), "rows": json.dumps(self.rows), "seconds": str(self.seconds),
-            "dropped": json.dumps(self.dropped), "probes": json.dumps(self.probes),
+            "dropped": json.dumps(self.dropped), "validations": json.dumps(self.validations),
         }  # fmt: skip
         replace_file(self.folder / CHECKPOINT, save(tensors, metadata=header))
 
@@ -317,12 +333,8 @@ class Sweep:
         require_same(json.loads(header["identity"]), self.plan.identity(), self.folder)
         rows = json.loads(header["rows"])
         if len(rows) < len(self.rows):
-            self.training.keep(rows)
-        self.rows, self.seconds = rows, float(header["seconds"])
-        self.dropped, self.probes = json.loads(header["dropped"]), json.loads(header["probes"])
+            self._keep(rows)
+        self.seconds = float(header["seconds"])
+        self.dropped, self.validations = json.loads(header["dropped"]), json.loads(header["validations"])
+        self.chosen, self.best = tensors.pop("chosen").to(self.device), tensors.pop("best")
         self.training.load(tensors)
-
-
-def shorter(plan: Plan, **changes: Any) -> Plan:
-    """The plan with other settings."""
-    return replace(plan, settings=replace(plan.settings, **changes))
