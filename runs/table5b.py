@@ -18,8 +18,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -86,6 +88,18 @@ def plans(settings: Settings, rates: tuple[float, ...]) -> dict[str, Plan]:
     return found
 
 
+def seed_plans(wanted: dict[str, Plan], out: Path, seeds: int) -> Iterator[tuple[str, Plan]]:
+    """Of each finished plan its best rates with seeds 1, 2, ...; other weights, and other sequences than the sweep's."""
+    for name, plan in wanted.items():
+        place = out / name / "results.json"
+        if seeds < 2 or not place.is_file():
+            continue
+        best = [run for run in json.loads(place.read_text())["runs"] if run["best_of_kind"]]
+        members = tuple(Member(run["kind"], run["rate"], seed) for run in best for seed in range(1, seeds))
+        keep = (seeds - 1,) * len(plan.settings.stages)
+        yield f"{name}.seeds", replace(plan, members=members, keep=keep, data_seed=1)
+
+
 def entrants(plan: Plan, quick: bool):
     """The models of a plan."""
     from mamba3.tasks.entrants import Apart, Folded, Mapped
@@ -113,7 +127,7 @@ def work(options: argparse.Namespace, wanted: dict[str, Plan]) -> None:
 
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(options.readers, mp_context=context) if options.readers else None
-    for name, plan in wanted.items():
+    for name, plan in chain(wanted.items(), seed_plans(wanted, options.out, options.seeds)):
         if late() or not claimed(options.out / "claims" / name):
             continue
         try:
@@ -198,11 +212,13 @@ def table(wanted: dict[str, Plan], out: Path) -> list[dict]:
             runs = [run for run in results["runs"] if run["kind"] == kind]
             best = next(run for run in runs if run["best_of_kind"])
             first = next(iter(best["scaled"]))
-            seeds = {run["seed"] for run in runs}
             row |= {"best": best["scaled"], "rate": best["rate"], "runs": runs, "device": results["device"]}
             row["dropped"] = [run for run in results["dropped"] if run["kind"] == kind]
-            if len(seeds) > 1:
-                row["median"] = statistics.median(run["scaled"][first] for run in runs)
+            again = out / f"{name}.seeds" / "results.json"
+            if again.is_file():
+                others = [run for run in json.loads(again.read_text())["runs"] if run["kind"] == kind]
+                scores = [run["scaled"][first] for run in (best, *others)]
+                row |= {"seeds": scores, "median": statistics.median(scores)}
             rows.append({**row, "seconds": results["training_seconds"], "torch": results["torch"]})
     return rows
 
@@ -248,6 +264,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of plans, in this order")
     parser.add_argument("--stages", nargs="+", type=int, help="longest training sequence of each stage")
     parser.add_argument("--steps", type=int, help="optimizer steps of each stage")
+    parser.add_argument("--seeds", type=int, default=1, help="of each finished plan's best rates, when no plan is left")
     parser.add_argument("--minutes", type=float, help="stop by itself after so many")
     parser.add_argument("--each", type=int, default=1, help="working processes a GPU")
     parser.add_argument("--readers", type=int, default=0, help="processes that make the sequences of each worker")

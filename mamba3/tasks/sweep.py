@@ -130,10 +130,12 @@ class Sweep:
 
     def __init__(
         self, plan: Plan, entrants: Entrants, folder: Path, device: torch.device, *, compiled: bool = False,
-        pool: Executor | None = None, save_every: float = 60.0, say: Callable[[str], object] = sys.stderr.write,
+        pool: Executor | None = None, save_every: float = 60.0, validate_every: int = VALIDATE_EVERY,
+        validated: int = VALIDATED, say: Callable[[str], object] = sys.stderr.write,
     ):  # fmt: skip
         self.plan, self.entrants, self.folder, self.device = plan, entrants, folder, device
         self.compiled, self.pool, self.save_every, self.say = compiled, pool, save_every, say
+        self.validate_every, self.at_once = validate_every, min(AT_ONCE, validate_every)
         self.task, self.rows = make_task(plan.task), list(range(len(plan.members)))
         self.dropped: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
@@ -145,7 +147,7 @@ class Sweep:
         self.chosen = self.training.weights.clone()
         self.best = torch.full((len(plan.members), 2), -torch.inf)
         ends = plan.settings.ranges[0]
-        count = min(VALIDATED, plan.settings.sequences)
+        count = min(validated, plan.settings.sequences)
         self.validation = self.task.sample(count, *ends, seeded_generator(plan.task, "validation", *ends))
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
@@ -203,13 +205,13 @@ class Sweep:
         first, before = taken, self.seconds
         forward = self.entrants.forward(self.rows, self.device)
         while taken < end:
-            now = min(end - taken, AT_ONCE - taken % AT_ONCE)
+            now = min(end - taken, self.at_once - taken % self.at_once)
             self.training.advance(now)
             taken += now
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             late = should_stop()
-            if taken % VALIDATE_EVERY == 0 or taken == end:
+            if taken % self.validate_every == 0 or taken == end:
                 self._validate(forward, taken)
             self.seconds = before + time.perf_counter() - began
             if late or taken % 1000 == 0 or taken == end:

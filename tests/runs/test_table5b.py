@@ -40,6 +40,11 @@ def test_runs_whole_and_skips_what_is_finished(tmp_path):
     again = finish(start(tmp_path))
     assert "step" not in again  # nothing was trained
     assert json.loads((tmp_path / "table5b.json").read_text()) == table
+    seeded = finish(start(tmp_path, "--seeds", "3"))
+    assert "parity.rotation.d32.seeds: step" in seeded and "parity.rotation.d32: step" not in seeded
+    for before, row in zip(table["rows"], json.loads((tmp_path / "table5b.json").read_text())["rows"], strict=True):
+        assert len(row["seeds"]) == 3 and row["seeds"][0] == before["best"]["12-12"]
+        assert row["median"] == sorted(row["seeds"])[1]
 
 
 def test_stops_by_itself_and_names_what_is_not_finished(tmp_path):

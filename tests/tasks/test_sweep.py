@@ -41,8 +41,8 @@ def models(chosen):
     return Mapped(configs[0], seeds) if chosen.members[0].kind == "transformer" else Folded(configs, seeds)
 
 
-def run(chosen, folder, **more):
-    one = Sweep(chosen, models(chosen), folder, CPU, say=lambda text: None)
+def run(chosen, folder, *, validate_every=500, **more):
+    one = Sweep(chosen, models(chosen), folder, CPU, validate_every=validate_every, say=lambda text: None)
     return one, one.run(**more)
 
 
@@ -68,16 +68,14 @@ def test_a_sweep_trains_as_the_stack_does(tmp_path, kind):
 
 
 @pytest.mark.parametrize("stop_at", [0, 3, 5])
-def test_a_stopped_sweep_goes_on_to_the_same_end(tmp_path, monkeypatch, stop_at):
+def test_a_stopped_sweep_goes_on_to_the_same_end(tmp_path, stop_at):
     """Stopped in a stage or between two, models dropped or not: results equal, to the bit."""
-    monkeypatch.setattr(sweep, "VALIDATE_EVERY", 2)
-    monkeypatch.setattr(sweep, "AT_ONCE", 2)
     chosen = plan(("mamba3", "mamba3-norotation"), keep=(2, 1))
-    whole, expected = run(chosen, tmp_path / "whole")
+    whole, expected = run(chosen, tmp_path / "whole", validate_every=2)
     calls = iter(range(100))
-    _, cut = run(chosen, tmp_path / "cut", should_stop=lambda: next(calls) == stop_at)
+    _, cut = run(chosen, tmp_path / "cut", validate_every=2, should_stop=lambda: next(calls) == stop_at)
     assert cut is None and (tmp_path / "cut" / CHECKPOINT).is_file()
-    resumed, results = run(chosen, tmp_path / "cut")
+    resumed, results = run(chosen, tmp_path / "cut", validate_every=2)
     assert resumed.training.losses.equal(whole.training.losses)
     assert expected is not None and results is not None
     assert results | {"training_seconds": 0} == expected | {"training_seconds": 0}
@@ -97,8 +95,6 @@ def test_the_worst_of_each_kind_are_dropped(tmp_path):
 
 
 def test_the_weights_that_validated_best_are_judged(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "VALIDATE_EVERY", 3)
-    monkeypatch.setattr(sweep, "AT_ONCE", 3)
     scores = iter([[0.5, 0.2], [0.4, 0.9], [0.3, 0.3], [0.2, 0.2]])
     real, seen = accuracies, []
 
@@ -107,7 +103,7 @@ def test_the_weights_that_validated_best_are_judged(tmp_path, monkeypatch):
         return next(scores, None) or real(task, forward, weights, batch)
 
     monkeypatch.setattr(sweep, "accuracies", scripted)
-    ours, results = run(plan(), tmp_path)
+    ours, results = run(plan(), tmp_path, validate_every=3)
     assert results is not None and [run["at_step"] for run in results["runs"]] == [3, 6]
     assert ours.chosen[0].equal(seen[0][0]) and ours.chosen[1].equal(seen[1][1])
     assert seen[4].equal(ours.chosen)  # what is evaluated, after four validations
