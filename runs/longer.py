@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 
 from mamba3.lm import Mamba3LM
-from mamba3.tasks import TASKS, folded
+from mamba3.tasks import TASKS
 from mamba3.tasks.entrants import Folded
+from mamba3.tasks.plan import Member, Plan
 from mamba3.tasks.settings import Settings
-from mamba3.tasks.sweep import Member, Plan, Sweep
+from mamba3.tasks.sweep import Sweep
+from mamba3.tasks.widened import widened
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     model = Mamba3LM.from_pretrained(options.model)
     entrants = Folded([model.config] * len(options.rates), [0] * len(options.rates))
-    wide, _ = folded.widened(model.config, {k: v.detach() for k, v in model.state_dict().items()})
+    wide, _ = widened(model.config, {k: v.detach() for k, v in model.state_dict().items()})
     entrants.weights = entrants.layout.join({k: torch.stack([v] * len(options.rates)) for k, v in wide.items()})
     longest = max(options.stages)
     settings = Settings(

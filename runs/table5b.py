@@ -30,8 +30,9 @@ from mamba3.ops.state_file import replace_file
 from mamba3.tasks import make_task
 from mamba3.tasks.models import KINDS, LAYERS, OTHER_LAYERS, model_config
 from mamba3.tasks.peers import PEERS, Peer, why_not
+from mamba3.tasks.plan import Member, Plan
 from mamba3.tasks.settings import PAPER_RATES, Settings
-from mamba3.tasks.sweep import Member, Plan, Sweep
+from mamba3.tasks.sweep import Sweep
 
 TASKS = ("parity", "arithmetic", "arithmetic-brackets")
 # Scaled accuracy in % at 256 tokens, as printed in arXiv 2603.15569, Table 5b.

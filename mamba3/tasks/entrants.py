@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mamba3.lm import Mamba3Config, Mamba3LM
-from mamba3.tasks import folded
+from mamba3.tasks import folded, mixing, widened
 from mamba3.tasks.captured import Forward, Layout
 from mamba3.tasks.stack import Answers
 
@@ -49,7 +49,7 @@ def _compiled(mixer):
     run = torch.compile(mixer)
 
     def marked(
-        sizes: folded.Sizes, which: folded.Switches, layer: dict[str, Tensor], rows: folded.Rows, last
+        sizes: widened.Sizes, which: widened.Switches, layer: dict[str, Tensor], rows: mixing.Rows, last
     ) -> Tensor:
         # Each weight on its own: as views of one matrix they would bring their places in it along.
         layer = {k: v.contiguous() for k, v in layer.items() if k in MIXED}
@@ -72,21 +72,21 @@ class Folded:
     """Mamba-3 models that differ in switches alone."""
 
     def __init__(self, configs: list[Mamba3Config], seeds: list[int]):
-        self.configs, self.sizes = configs, folded.Sizes.of(configs[0])
-        folded.switches(configs, "cpu", torch.float32)  # refuses what cannot share a stack
+        self.configs, self.sizes = configs, widened.Sizes.of(configs[0])
+        widened.switches(configs, "cpu", torch.float32)  # refuses what cannot share a stack
         wide = []
         for config, seed in zip(configs, seeds, strict=True):
             model = _seeded(lambda config=config: Mamba3LM(config), seed)
-            wide.append(folded.widened(config, {k: v.detach() for k, v in model.state_dict().items()}))
+            wide.append(widened.widened(config, {k: v.detach() for k, v in model.state_dict().items()}))
         self.layout = Layout({name: v.shape for name, v in sorted(wide[0][0].items())})
         rows = ({name: torch.stack([pair[i][name] for pair in wide]) for name in self.layout.shapes} for i in (0, 1))
         self.weights, self.exist = (self.layout.join(values) for values in rows)
 
     def forward(self, rows: list[int], device: torch.device, *, compiled: bool = False) -> Forward:
-        which = folded.switches([self.configs[i] for i in rows], device, self.weights.dtype)
+        which = widened.switches([self.configs[i] for i in rows], device, self.weights.dtype)
         sizes, layout = self.sizes, self.layout
 
-        mixers = folded.Mixers(folded.mix, folded.mix_at)
+        mixers = folded.Mixers(mixing.mix, mixing.mix_at)
         if compiled:
             mixers = folded.Mixers(*(_compiled(mixer) for mixer in mixers))
 
@@ -97,7 +97,7 @@ class Folded:
         return logits
 
     def save(self, row: int, named: dict[str, Tensor], folder: Path) -> None:
-        weights = folded.narrowed(self.configs[row], {k: v.detach().cpu() for k, v in named.items()})
+        weights = widened.narrowed(self.configs[row], {k: v.detach().cpu() for k, v in named.items()})
         Mamba3LM.from_weights(self.configs[row], weights).save_pretrained(folder)
 
 

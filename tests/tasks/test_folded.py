@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mamba3.tasks import folded, make_task
+from mamba3.tasks import folded, make_task, widened
 from mamba3.tasks.captured import Layout
 from mamba3.tasks.entrants import Folded
 from mamba3.tasks.models import KINDS, model_config
@@ -44,7 +44,7 @@ def both(kind, layers, batch):
     (gradient,) = torch.autograd.grad((ours * seed).sum(), weights)
     expected = torch.autograd.grad((theirs * seed).sum(), list(stack.parameters.values()))
     named = entrants.layout.split(gradient)
-    gradients = [folded.narrowed(config, {k: v[i] for k, v in named.items()}) for i in range(2)]
+    gradients = [widened.narrowed(config, {k: v[i] for k, v in named.items()}) for i in range(2)]
     pairs = [
         (torch.stack([g[name.removeprefix("model.")] for g in gradients]), value)
         for name, value in zip(stack.parameters, expected, strict=True)
@@ -111,7 +111,7 @@ def test_a_weight_that_vanishes_makes_no_nan():
 
 def test_what_cannot_be_folded_is_refused():
     with pytest.raises(ValueError, match="attention layers, an MLP: use Stack"):
-        folded.Sizes.of(model_config("parity", 3, "transformer", d_model=16))
+        widened.Sizes.of(model_config("parity", 3, "transformer", d_model=16))
     with pytest.raises(ValueError, match="may differ in rotation, lam"):
         Folded([small("mamba3", 2), small("mamba3-mimo", 2)], [0, 0])
 

@@ -13,9 +13,10 @@ from mamba3.tasks.entrants import Apart, Folded, Mapped
 from mamba3.tasks.fit import CHECKPOINT, training_batch
 from mamba3.tasks.models import model_config
 from mamba3.tasks.peers import Peer, why_not
+from mamba3.tasks.plan import Member, Plan, draw_block, stage_groups
 from mamba3.tasks.settings import Settings
 from mamba3.tasks.stack import Stack
-from mamba3.tasks.sweep import Member, Plan, Sweep, accuracies, draw_block, stage_groups
+from mamba3.tasks.sweep import Sweep, accuracies
 
 CPU = torch.device("cpu")
 SIZES = {"d_model": 16, "layers": 2, "d_state": 8, "headdim": 16}
@@ -170,3 +171,13 @@ def test_a_missing_library_is_named(monkeypatch):
         Peer("gdn", 3, 16, 1)
     with pytest.raises(ValueError, match="a peer is one of gdn, mamba2"):
         Peer("lstm", 3, 16, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["mamba3", "transformer"])
+def test_a_captured_graph_takes_the_cpus_steps(tmp_path, kind):
+    chosen = replace(plan((kind,)), precision="highest")
+    here, _ = run(chosen, tmp_path / "cpu")
+    there = Sweep(chosen, models(chosen), tmp_path / "cuda", torch.device("cuda"), say=lambda text: None)
+    assert there.run() is not None
+    torch.testing.assert_close(there.training.losses.cpu(), here.training.losses, rtol=1e-3, atol=1e-4)
