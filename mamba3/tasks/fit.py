@@ -102,7 +102,7 @@ def require_same(stored: dict[str, Any], current: dict[str, Any], out: Path) -> 
         )
 
 
-def _generator(*names: object) -> torch.Generator:
+def seeded_generator(*names: object) -> torch.Generator:
     """A generator whose seed is a hash of what the sequences are for: no two uses share one."""
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -122,7 +122,7 @@ def training_batch(task: Task, settings: Settings, step: int, device: str) -> Ba
         _drawn.clear()
         count = STEPS_A_DRAW * settings.batch
         seeds = {
-            seed: task.sample(count, shortest, longest, _generator(task.name, "training", seed, stage, block))
+            seed: task.sample(count, shortest, longest, seeded_generator(task.name, "training", seed, stage, block))
             for seed in settings.seeds
         }
         models = [seeds[seed] for _, seed in settings.runs]
@@ -134,7 +134,7 @@ def training_batch(task: Task, settings: Settings, step: int, device: str) -> Ba
 
 def evaluate(task: Task, stack: Stack, shortest: int, longest: int, sequences: int) -> list[float]:
     """Accuracy of each model on fresh sequences, the same for all models and all runs of this task and range."""
-    batch = task.sample(sequences, shortest, longest, _generator(task.name, "evaluation", shortest, longest))
+    batch = task.sample(sequences, shortest, longest, seeded_generator(task.name, "evaluation", shortest, longest))
     at_once = TOKENS_AT_ONCE["cuda" if stack.alive.is_cuda else "cpu"]
     rows = max(1, at_once // (len(stack) * batch.inputs.shape[1]))
     correct = torch.zeros(len(stack), dtype=torch.float64)

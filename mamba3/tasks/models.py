@@ -20,6 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mamba3-trapezoid": {"lam": 0.5},
     "mamba3-nobias": {"B_bias": None, "C_bias": None},
     "mamba3-heavytail": {"decay": "heavy_tail"},
+    "mamba3-allturn": {"rope_fraction": 1.0},
     "transformer": {"d_intermediate": 128},
 }
 LAYERS = {"parity": 1, "mqar": 2}

@@ -77,5 +77,29 @@ def turning_pair(seen: Trace, ones: Tensor) -> Pair | None:
     return max(found, key=lambda pair: pair.score)
 
 
+@torch.no_grad()
+def turns_by_token(model: Mamba3LM, tokens: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """How far each token turns the state, over the sequences [b, t]: of each layer that turns (mean, agreement), both
+    [v, h, a]: the circular mean in radians, and the length of the mean unit vector, 1 where every such token turns alike.
+
+    NaN for tokens that are not there.
+    """
+    state = model.init_state(len(tokens))
+    before, turned = {}, {}
+    for column in tokens.T:
+        _, state = model.step(column, state)
+        for i, layer in enumerate(state.layers):
+            if isinstance(layer, State) and layer.phi.shape[-1]:
+                phi = layer.phi.clone()
+                turned.setdefault(i, []).append(phi - before.get(i, torch.zeros_like(phi)))
+                before[i] = phi
+    found = {}
+    for i, turns in turned.items():
+        each = torch.polar(torch.ones(()), torch.stack(turns, dim=1).float())  # [b, t, h, a]
+        means = torch.stack([each[tokens == v].mean(0) for v in range(model.config.vocab_size)])
+        found[i] = means.angle().where(means.abs().isfinite(), torch.nan), means.abs()
+    return found
+
+
 def _mean_angle(angles: Tensor) -> float:
     return float(torch.atan2(angles.sin().mean(), angles.cos().mean()))

@@ -7,7 +7,7 @@ import torch
 from mamba3.lm import Mamba3LM
 from mamba3.tasks import Parity
 from mamba3.tasks.models import model_config
-from mamba3.tasks.phase import shipped_parity, trace, turning_pair
+from mamba3.tasks.phase import shipped_parity, trace, turning_pair, turns_by_token
 
 BITS = "0110100110010110100101100110100100101101"
 
@@ -47,6 +47,28 @@ def test_the_turning_pair_is_the_one_that_was_made():
     assert abs(pair.on_zero) < 1e-3 and abs(abs(pair.on_one) - math.pi) < 1e-3
 
 
+def test_turns_by_token_are_those_of_the_traces():
+    """Two sequences of a model with two layers, token by token: means of the traces' own differences."""
+    torch.manual_seed(3)
+    model = Mamba3LM(model_config("parity", 3, "mamba3", d_model=16, d_state=8, headdim=16, layers=2)).eval()
+    with torch.no_grad():
+        model.embedding.weight.normal_()
+        for block in model.layers:
+            block.mixer.dt_bias.fill_(1.0)
+    tokens = torch.stack([Parity().encode("0110100"), Parity().encode("1110010")])
+    found = turns_by_token(model, tokens)
+    assert set(found) == {0, 1}
+    for layer, (mean, agreement) in found.items():
+        phases = [trace(model, row).phases[layer] for row in tokens]
+        turns = torch.stack([p.diff(dim=0, prepend=torch.zeros_like(p[:1])) for p in phases])
+        for bit in (1, 2):
+            unit = torch.polar(torch.ones(()), turns[tokens == bit]).mean(0)
+            torch.testing.assert_close(torch.polar(agreement[bit], mean[bit]), unit, rtol=1e-4, atol=1e-5)
+        assert mean[0].isnan().all()  # padding was not there
+    # The first layer sees the token alone, so each turns by one angle.
+    assert (found[0][1][1:] > 0.9999).all() and (found[1][1][1:] < 0.9999).any()
+
+
 def test_without_rotation_there_is_no_turning_pair():
     tokens = Parity().encode(BITS)
     assert turning_pair(trace(untrained(rotation="none"), tokens), tokens == 2) is None
@@ -55,9 +77,11 @@ def test_without_rotation_there_is_no_turning_pair():
 
 
 def test_the_shipped_model_is_right_on_fresh_bits():
-    """Sequences of exactly 160 tokens, the longest it was trained on: no error in 300."""
-    batch = Parity().sample(300, 160, 160, torch.Generator().manual_seed(11))
+    """Sequences of exactly 512 tokens: no error in 100; every one turns its pair by half a turn to a fraction of a degree."""
+    batch, model = Parity().sample(100, 512, 512, torch.Generator().manual_seed(11)), shipped_parity()
     with torch.no_grad():
-        logits = shipped_parity()(batch.inputs)
+        logits = model(batch.inputs)
     answers = logits[..., :3].argmax(-1).gather(1, batch.positions)
     assert answers.equal(batch.answers)
+    pair = turning_pair(trace(model, Parity().encode(BITS)), Parity().encode(BITS) == 2)
+    assert pair is not None and abs(abs(pair.on_one) - math.pi) < math.radians(0.5) and abs(pair.on_zero) < 0.01

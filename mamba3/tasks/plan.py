@@ -1,0 +1,90 @@
+"""What a sweep is, and the sequences that it trains on.
+
+The sequences of step k are those of `mamba3.tasks.fit`; within a step they are sorted by length and cut into groups that are
+padded to the longest of their own stage, which changes no sum but the order of its terms.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mamba3.tasks import make_task
+from mamba3.tasks.captured import Group
+from mamba3.tasks.fit import STEPS_A_DRAW, seeded_generator
+from mamba3.tasks.settings import Settings
+
+WIDTH_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a sweep."""
+
+    kind: str
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep is. settings: rates and seeds in it are not read, the members' are. keep: how many models of each kind
+    enter each stage, the best by training loss. groups: into how many a step's sequences are cut, stage by stage. data_seed:
+    of the training sequences, which all models share."""
+
+    task: str
+    d_model: int
+    members: tuple[Member, ...]
+    settings: Settings
+    keep: tuple[int, ...]
+    groups: tuple[int, ...]
+    data_seed: int = 0
+    precision: str = "high"  # of matrix products in all stages but the last: "high" lets a GPU shorten them to TF32
+
+    def __post_init__(self):
+        stages = len(self.settings.stages)
+        if len(self.keep) != stages or len(self.groups) != stages or any(self.settings.batch % g for g in self.groups):
+            raise ValueError(
+                f"keep and groups need a number for each stage, and groups divide the batch; they are {self.keep} and "
+                f"{self.groups} for stages {self.settings.stages} and a batch of {self.settings.batch}."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return json.loads(json.dumps({"plan": asdict(self)}))
+
+
+def draw_block(task: str, settings: Settings, seed: int, stage: int, block: int) -> tuple:
+    """The sequences of STEPS_A_DRAW steps, each step's sorted by length: arrays [steps, batch, ...] of small integers."""
+    longest = settings.stages[stage]
+    generator = seeded_generator(task, "training", seed, stage, block)
+    batch = make_task(task).sample(STEPS_A_DRAW * settings.batch, settings.shortest, longest, generator)
+    by_step = (STEPS_A_DRAW, settings.batch)
+    places = batch.positions[:, 0].view(by_step)
+    order = places.argsort(dim=1, stable=True)
+    tokens = batch.inputs.to(torch.uint8).view(*by_step, -1)
+    tokens = tokens.gather(1, order.unsqueeze(2).expand_as(tokens))
+    answers = batch.answers[:, 0].view(by_step).gather(1, order)
+    return tokens.numpy(), places.gather(1, order).short().numpy(), answers.to(torch.uint8).numpy()
+
+
+def stage_groups(plan: Plan, stage: int, pool: Executor | None) -> list[Group]:
+    """All sequences of a stage, cut into groups of similar length."""
+    blocks = range(-(-plan.settings.steps // STEPS_A_DRAW))
+    arguments = [(plan.task, plan.settings, plan.data_seed, stage, block) for block in blocks]
+    if pool is None:
+        drawn = [draw_block(*a) for a in arguments]
+    else:
+        drawn = list(pool.map(draw_block, *zip(*arguments, strict=True), chunksize=4))
+    parts = zip(*drawn, strict=True)
+    tokens, places, answers = (torch.cat([torch.from_numpy(v) for v in part])[: plan.settings.steps] for part in parts)
+    groups = []
+    for t, p, a in zip(*(v.chunk(plan.groups[stage], dim=1) for v in (tokens, places, answers)), strict=True):
+        width = -(-(int(p.max()) + 1) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        t = torch.nn.functional.pad(t, (0, max(0, width - t.shape[2])))[..., :width]
+        groups.append(Group(t.contiguous(), p.contiguous(), a.contiguous()))
+    return groups

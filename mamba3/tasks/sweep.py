@@ -1,0 +1,271 @@
+"""Many models through one curriculum side by side: rates, seeds and kinds in one stack, the worst left behind stage by stage.
+
+    FOLDER/checkpoint.safetensors    replaced whole at every stage's end, every `save_every` seconds and where the time ends
+    FOLDER/results.json              scaled accuracy of every model, the models dropped, seconds
+    FOLDER/best-KIND/                the best model of each kind
+
+The sequences are those of `mamba3.tasks.plan`; what is judged at the end is fresh.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mamba3.ops.state_file import replace_file
+from mamba3.tasks import make_task
+from mamba3.tasks.base import Batch, Task
+from mamba3.tasks.captured import Captured, Forward, Group
+from mamba3.tasks.entrants import Entrants
+from mamba3.tasks.fit import CHECKPOINT, RESULTS, require_same, seeded_generator
+from mamba3.tasks.plan import Plan, stage_groups
+
+TOKENS_AT_ONCE = {"cpu": 2**15, "cuda": 2**19}
+AT_ONCE = 100  # steps between two looks at the clock
+WINDOW = 500  # steps: models are dropped by the least mean loss of any such window of the stage that ends
+VALIDATE_EVERY, VALIDATED = 500, 1024  # steps; sequences of the first range of lengths, none of them evaluated later
+
+
+@torch.no_grad()
+def accuracies(task: Task, forward: Forward, weights: Tensor, batch: Batch) -> list[float]:
+    """Of each model; float32 products are not shortened."""
+    sequences = len(batch.inputs)
+    length = batch.inputs.shape[1]
+    rows = max(1, TOKENS_AT_ONCE[weights.device.type] // (len(weights) * length * max(1, length // 512)))
+    correct = torch.zeros(len(weights), dtype=torch.float64)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    for start in range(0, sequences, rows):
+        part = batch.rows(start, start + rows).to(weights.device)
+        guesses = forward(weights, part.inputs, part.positions[:, 0]).argmax(-1)
+        correct += (guesses == part.answers[:, 0]).double().sum(1).cpu()
+    torch.set_float32_matmul_precision(precision)
+    return (correct / sequences).tolist()
+
+
+class Sweep:
+    """One plan in one folder; `run` goes on from where the folder is."""
+
+    def __init__(
+        self, plan: Plan, entrants: Entrants, folder: Path, device: torch.device, *, compiled: bool = False,
+        pool: Executor | None = None, save_every: float = 60.0, validate_every: int = VALIDATE_EVERY,
+        validated: int = VALIDATED, say: Callable[[str], object] = sys.stderr.write,
+    ):  # fmt: skip
+        self.plan, self.entrants, self.folder, self.device = plan, entrants, folder, device
+        self.compiled, self.pool, self.save_every, self.say = compiled, pool, save_every, say
+        self.validate_every, self.at_once = validate_every, min(AT_ONCE, validate_every)
+        self.task, self.rows = make_task(plan.task), list(range(len(plan.members)))
+        self.dropped: list[dict[str, Any]] = []
+        self.validations: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self.training = Captured(
+            entrants.layout, entrants.weights, entrants.exist, [m.rate for m in plan.members], plan.settings, device
+        )
+        # Of each model the weights with which it validated best so far, that score (in %) and the step.
+        self.chosen = self.training.weights.clone()
+        self.best = torch.full((len(plan.members), 2), -torch.inf)
+        ends = plan.settings.ranges[0]
+        count = min(validated, plan.settings.sequences)
+        self.validation = self.task.sample(count, *ends, seeded_generator(plan.task, "validation", *ends))
+
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+        """Train and evaluate; what results.json holds, or None where it was stopped. ValueError: another plan's folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / RESULTS).is_file():
+            results = json.loads((self.folder / RESULTS).read_text())
+            require_same(results["identity"], self.plan.identity(), self.folder)
+            return results
+        self._resume()
+        with ThreadPoolExecutor(1) as ahead:
+            return self._curriculum(ahead, should_stop)
+
+    def _curriculum(self, ahead: Executor, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """`run` from the stage in which the training is; the sequences of the next stage are made during each."""
+        steps, stages = self.plan.settings.steps, len(self.plan.settings.stages)
+        begin = self._taken() // steps
+        coming = ahead.submit(stage_groups, self.plan, begin, self.pool) if begin < stages else None
+        for stage in range(begin, stages):
+            if self._taken() == stage * steps:
+                self._drop(stage)
+            assert coming is not None
+            groups = coming.result()
+            coming = ahead.submit(stage_groups, self.plan, stage + 1, self.pool) if stage + 1 < stages else None
+            widths = [g.tokens.shape[2] for g in groups]
+            self.say(f"{self.folder.name}: stage {stage + 1}, {len(self.rows)} models, widths {widths}\n")
+            began = time.perf_counter()
+            last = stage + 1 == stages
+            torch.set_float32_matmul_precision("highest" if last else self.plan.precision)
+            self._start(groups)
+            self.say(f"{self.folder.name}: captured in {time.perf_counter() - began:.1f} s\n")
+            if not self._train_until((stage + 1) * steps, should_stop):
+                return None
+            self._save()
+            if not last and should_stop():
+                return None
+        return self._finish()
+
+    def _taken(self) -> int:
+        return int(self.training.count)
+
+    def _start(self, groups: list[Group]) -> None:
+        try:
+            self.training.start_stage(self.entrants.forward(self.rows, self.device, compiled=self.compiled), groups)
+        except Exception as error:
+            if not self.compiled:
+                raise
+            self.say(f"{self.folder.name}: not compiled after all ({type(error).__name__}: {str(error)[:2000]})\n")
+            self.compiled = False
+            self.training.start_stage(self.entrants.forward(self.rows, self.device), groups)
+
+    def _train_until(self, end: int, should_stop: Callable[[], bool]) -> bool:
+        """Whether it got there; a checkpoint where not."""
+        taken, saved, began = self._taken(), time.perf_counter(), time.perf_counter()
+        first, before = taken, self.seconds
+        forward = self.entrants.forward(self.rows, self.device)
+        while taken < end:
+            now = min(end - taken, self.at_once - taken % self.at_once)
+            self.training.advance(now)
+            taken += now
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            late = should_stop()
+            if taken % self.validate_every == 0 or taken == end:
+                self._validate(forward, taken)
+            self.seconds = before + time.perf_counter() - began
+            if late or taken % 1000 == 0 or taken == end:
+                recent = self.training.losses[max(0, taken - 100) : taken].mean(0).tolist()
+                pace = 1e3 * (time.perf_counter() - began) / (taken - first)
+                shown = " ".join(f"{loss:.3f}" for loss in recent)
+                found = " ".join(f"{score:.0f}" for score in self.best[:, 0].tolist())
+                self.say(f"{self.folder.name}: step {taken:,}, {pace:.2f} ms, losses {shown}, best {found}\n")
+            if late and taken < end:
+                self._save()
+                return False
+            if time.perf_counter() - saved > self.save_every:
+                self._save()
+                saved = time.perf_counter()
+        return True
+
+    def _validate(self, forward: Forward, taken: int) -> None:
+        """Score the models as they are; keep the weights of those that were never better."""
+        found = accuracies(self.task, forward, self.training.weights, self.validation)
+        scores = torch.tensor([100 * self.task.scaled_accuracy(a) for a in found])
+        better = scores > self.best[:, 0]
+        self.best[better] = torch.stack([scores, torch.full_like(scores, taken)], dim=1)[better]
+        rows = better.to(self.device).unsqueeze(1)
+        self.chosen = torch.where(rows, self.training.weights, self.chosen)
+        self.validations.append({"step": taken, "rows": self.rows, "scaled": [round(v, 2) for v in scores.tolist()]})
+
+    def _drop(self, stage: int) -> None:
+        """Keep the best of each kind by the least loss of the stage that ended; diverged ones go first."""
+        taken, members = self._taken(), self.plan.members
+        if taken == 0:
+            return
+        steps = self.training.losses[taken - self.plan.settings.steps : taken]
+        recent = torch.stack([w.mean(0) for w in steps.split(WINDOW)]).nan_to_num(torch.inf).amin(0).tolist()
+        alive = self.training.alive.tolist()
+        order = sorted(range(len(self.rows)), key=lambda i: (not alive[i], recent[i] if alive[i] else 0.0))
+        count: dict[str, int] = {}
+        kept = []
+        for i in order:
+            kind = members[self.rows[i]].kind
+            count[kind] = count.get(kind, 0) + 1
+            if count[kind] <= self.plan.keep[stage]:
+                kept.append(i)
+            else:
+                self.dropped.append(
+                    {**asdict(members[self.rows[i]]), "before_stage": stage + 1, "steps": taken, "loss": recent[i]}
+                )
+        if len(kept) < len(self.rows):
+            self._keep(sorted(kept))
+
+    def _keep(self, places: list[int]) -> None:
+        """Go on with the models at these places of `rows`."""
+        self.training.keep(places)
+        self.rows = [self.rows[i] for i in places]
+        self.chosen, self.best = self.chosen[torch.tensor(places, device=self.device)], self.best[places]
+
+    def _scores(self, ends: tuple[int, int], sequences: int, places: list[int]) -> list[float]:
+        """Scaled accuracy in % of the weights chosen for the models at these places of `rows`, on the sequences of
+        `fit.evaluate`."""
+        batch = self.task.sample(sequences, *ends, seeded_generator(self.task.name, "evaluation", *ends))
+        forward = self.entrants.forward([self.rows[i] for i in places], self.device)
+        found = accuracies(self.task, forward, self.chosen[torch.tensor(places, device=self.device)], batch)
+        return [100 * self.task.scaled_accuracy(a) for a in found]
+
+    def _finish(self) -> dict[str, Any]:
+        settings, members = self.plan.settings, self.plan.members
+        recent = self.training.losses[-min(WINDOW, settings.total) :].mean(0).tolist()
+        alive, scaled = self.training.alive.tolist(), [{} for _ in self.rows]
+        for ends in settings.ranges:
+            if ends[1] <= 256 or ends == settings.ranges[0]:
+                for found, score in zip(
+                    scaled, self._scores(ends, settings.sequences, [*range(len(self.rows))]), strict=True
+                ):
+                    found["{}-{}".format(*ends)] = score
+        first = "{}-{}".format(*settings.ranges[0])
+        best: dict[str, int] = {}
+        for i, row in enumerate(self.rows):
+            kind = members[row].kind
+            if kind not in best or (alive[i], scaled[i][first]) > (alive[best[kind]], scaled[best[kind]][first]):
+                best[kind] = i
+        winners = sorted(best.values())
+        for ends in settings.ranges:
+            if ends[1] > 256 and ends != settings.ranges[0]:
+                for i, score in zip(winners, self._scores(ends, settings.long_sequences, winners), strict=True):
+                    scaled[i]["{}-{}".format(*ends)] = score
+        named = self.entrants.layout.split(self.chosen)
+        for kind, i in best.items():
+            self.entrants.save(self.rows[i], {k: v[i] for k, v in named.items()}, self.folder / f"best-{kind}")
+        results = {
+            "identity": self.plan.identity(),
+            "runs": [
+                {**asdict(members[row]), "loss": recent[i], "diverged": not alive[i], "scaled": scaled[i],
+                 "validated": self.best[i, 0].item(), "at_step": int(self.best[i, 1]),
+                 "best_of_kind": best[members[row].kind] == i}
+                for i, row in enumerate(self.rows)
+            ],
+            "dropped": self.dropped, "validations": self.validations, "training_seconds": round(self.seconds, 1),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "torch": str(torch.__version__), "compiled": self.compiled,
+        }  # fmt: skip
+        replace_file(self.folder / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        return results
+
+    def _save(self) -> None:
+        """What the run goes on from."""
+        tensors = {k: v.contiguous() for k, v in self.training.tensors().items()}
+        tensors |= {"chosen": self.chosen.cpu().contiguous(), "best": self.best.contiguous()}
+        header = {
+            "identity": json.dumps(self.plan.identity()), "rows": json.dumps(self.rows), "seconds": str(self.seconds),
+            "dropped": json.dumps(self.dropped), "validations": json.dumps(self.validations),
+        }  # fmt: skip
+        replace_file(self.folder / CHECKPOINT, save(tensors, metadata=header))
+
+    def _resume(self) -> None:
+        place = self.folder / CHECKPOINT
+        if not place.is_file():
+            return
+        with safe_open(place, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        require_same(json.loads(header["identity"]), self.plan.identity(), self.folder)
+        rows = json.loads(header["rows"])
+        if len(rows) < len(self.rows):
+            self._keep(rows)
+        self.seconds = float(header["seconds"])
+        self.dropped, self.validations = json.loads(header["dropped"]), json.loads(header["validations"])
+        self.chosen, self.best = tensors.pop("chosen").to(self.device), tensors.pop("best")
+        self.training.load(tensors)
