@@ -191,6 +191,7 @@ class Trainer:
             self.metrics.step(report)
         self.reporter.stepped(report)
         if self.watch.in_a_row >= self.config.max_skipped:
+            self.saver.wait()  # what it says of the last checkpoint is to be true
             kept = "no checkpoint was written yet" if self.saved_step is None else f"step {self.saved_step} is saved"
             many = (
                 f"{self.watch.in_a_row} steps in a row were not taken"
