@@ -129,7 +129,7 @@ def test_windows_cover_the_tokens_and_hold_no_more_than_they_may():
     assert all(0 < w.chunks[1] - w.chunks[0] <= 8 for w in made.windows)
     for w in made.windows:
         assert made.chunks[w.chunks[0], 0] == w.tokens[0]
-    assert all(boundaries[s] == begin and boundaries[s + 1] == end for _, end, begin, s in made.chunks.tolist())
+    assert all(boundaries[s] == begin and boundaries[s + 1] == end for _, end, begin, s, _ in made.chunks.tolist())
 
 
 @pytest.mark.parametrize("exponent", [-1e-6, -1.0, -50.0, None])

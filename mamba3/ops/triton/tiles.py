@@ -27,6 +27,16 @@ def product(a, b, acc):
 
 
 @triton.jit
+def pinned(v, HARDWARE: tl.constexpr):
+    """A 16-bit tile, which the compiler then makes once. Where several products want it in different layouts, it would
+    rather repeat all that leads to it, the gate's special functions included, than exchange it between threads."""
+    if HARDWARE:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], v.dtype, is_pure=False, pack=2)
+    else:
+        return v
+
+
+@triton.jit
 def load_angles(
     theta, tick, phase, i_h, i_t, end, i_c, T, H: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, L: tl.constexpr,
     BULK: tl.constexpr,
