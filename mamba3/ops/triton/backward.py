@@ -20,17 +20,17 @@ from mamba3.ops.triton.forward import TRITON_TYPES, Angles, Coefficients, Sizes,
 from mamba3.ops.triton.gradient_bc import gradient_bc_kernel
 from mamba3.ops.triton.gradient_dt import gradient_dt_kernel
 from mamba3.ops.triton.gradient_rows import gradient_rows_kernel
-from mamba3.ops.triton.launch import Device, device_limits, segment_programs
+from mamba3.ops.triton.launch import BackwardLaunch, Device, choose_backward, device_limits, padded, segment_programs
 from mamba3.ops.triton.segments import merge_kernel
 from mamba3.ops.triton.states import reverse_merge_kernel, states_kernel
 from mamba3.ops.triton.windows import Plan, Window, plan
 from mamba3.ops.types import Gate, Inputs, State
 
-# Bytes of the states of a window's chunks, for each direction of time.
+# Bytes of the states of a window's chunks, for each direction of time; half of it where one window is not enough. As much
+# again, for each of B and C, holds the gradients of their rows.
 SCRATCH = 256 * 2**20
 # Of the matrix stages; with 8, gradient_x took 4.6 instead of 2.5 ms and gradient_bc 3.7 instead of 2.4 at (8, 2048).
-import os as _os
-WARPS = int(_os.environ.get("WARPS", "4"))
+WARPS = 4
 
 
 class LastState(NamedTuple):
@@ -58,7 +58,7 @@ class Call(NamedTuple):
     dy: Tensor
     sizes: Sizes
     plan: Plan
-    tokens: int
+    launch: BackwardLaunch
     x_row: int
     z_row: int
     c: Coefficients
@@ -74,8 +74,11 @@ def _prepare(
     H, P = inp.x.shape[2:]
     sizes = Sizes(H, inp.B.shape[-2], inp.rank, P, inp.B.shape[-1], inp.theta.shape[-1])
     exact = inp.x.dtype == torch.float32
-    tokens = max(16, (32 if exact else 64) // sizes.RP)
+    launch = choose_backward(limits, inp.x.dtype, sizes.R)
+    tokens = launch.tokens
     most = max(1, scratch // (H * P * sizes.N * inp.x.element_size()))
+    if inp.x.shape[0] * inp.x.shape[1] > most * tokens:
+        most = max(1, most // 2)  # long sequences: their own tensors leave less room
     table = plan(boundaries, tokens, segment_programs(limits, H), most, inp.x.device)
     x, x_row = rows(inp.x)
     z, z_row = rows(gate.z) if gate.z is not None else (None, 0)
@@ -92,13 +95,13 @@ def _prepare(
     )  # fmt: skip
     gate = Gate(z, *flat(gate.mimo_z, gate.mimo_o, parameter=True))
     constants = dict(
-        **sizes.channels(), L=tokens, BULK=False, EXACT=exact, HARDWARE=limits.nvidia and not exact, DTYPE=TRITON_TYPES[inp.x.dtype],
-        HAS_MIMO_X=inp.mimo_x is not None, HAS_MIMO_Z=gate.mimo_z is not None, HAS_MIMO_O=gate.mimo_o is not None,
-        HAS_Z=z is not None,
+        **sizes.channels(), L=tokens, BULK=False, EXACT=exact, HARDWARE=limits.nvidia and not exact,
+        DTYPE=TRITON_TYPES[inp.x.dtype], HAS_MIMO_X=inp.mimo_x is not None, HAS_MIMO_Z=gate.mimo_z is not None,
+        HAS_MIMO_O=gate.mimo_o is not None, HAS_Z=z is not None,
     )  # fmt: skip
     tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
     return Call(
-        inp, gate, dy.contiguous(), sizes, table, tokens, x_row, z_row, c, turned, tick, constants,
+        inp, gate, dy.contiguous(), sizes, table, launch, x_row, z_row, c, turned, tick, constants,
         2 * limits.multiprocessors,
     )  # fmt: skip
 
@@ -121,8 +124,8 @@ def _states(
         inp.x, gate.z, call.dy, vectors, bias, inp.mimo_x, gate.mimo_z, gate.mimo_o, c.decay, c.decay_low, c.weight,
         call.angles.turn, call.angles.phase, tables.segments, tables.sequences, start, each, end, total, segments[0],
         c_first, c.decay.shape[1], call.x_row, call.z_row, REVERSE=reverse, SUMMARY=total is not None,
-        HAS_START=start is not None, HAS_END=end is not None, HAS_BIAS=bias is not None, STAGES=1, **call.constants,
-        num_warps=WARPS,
+        HAS_START=start is not None, HAS_END=end is not None, HAS_BIAS=bias is not None, STAGES=call.launch.stages,
+        **call.constants, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -164,7 +167,7 @@ def _leaving(call: Call, dS: Tensor | None) -> Tensor | None:
 
 
 class Rows(NamedTuple):
-    """What `gradient_dt` wants, in float32: rows [h, t] and, of each chunk, kept [c, h]."""
+    """What `gradient_dt` wants, in float32: rows [h, t], kept [c, h] of each chunk, and tick [part, h, t], to be summed."""
 
     row: Tensor
     column: Tensor
@@ -205,19 +208,27 @@ def _gradient_rows(call: Call, window: Window, S: Tensor, dS: Tensor, dB: Tensor
     gradient_rows_kernel[(H, c1 - c0)](
         inp.x, gate.z, inp.B, inp.C, inp.B_bias, inp.C_bias, inp.mimo_x, gate.mimo_z, gate.mimo_o, inp.D, call.dy,
         c.decay, c.decay_low, c.weight, c.gamma, call.angles.turn, call.angles.phase, S, dS, call.plan.chunks, out.dx,
-        out.dz, dB, dC, *out.rows[:5], out.turning, dD, *mimo, c0, window.segments[0], c.decay.shape[1], call.x_row, call.z_row, HAS_BIAS_B=inp.B_bias is not None, HAS_BIAS_C=inp.C_bias is not None,
-        HAS_D=inp.D is not None, **call.constants, num_warps=WARPS,
+        out.dz, dB, dC, *out.rows[:5], out.turning, dD, *mimo, c0, window.segments[0], c.decay.shape[1], call.x_row,
+        call.z_row, HAS_BIAS_B=inp.B_bias is not None, HAS_BIAS_C=inp.C_bias is not None, HAS_D=inp.D is not None,
+        **call.constants, num_warps=WARPS,
     )  # fmt: skip
     for name, part in zip(("D", "mimo_x", "mimo_z", "mimo_o"), (dD, *mimo), strict=True):
         _add(call, out, name, part)
 
 
-def _gradient_bc(call: Call, window: Window, dB: Tensor, dC: Tensor, out: Buffers) -> None:
+def parts_of_channels(sizes: Sizes, launch: BackwardLaunch) -> tuple[int, int, int, int]:
+    """Pairs and unrotated channels a program of gradient_bc, and how many parts of each there are."""
+    U = sizes.N - 2 * sizes.A
+    AB, UB = min(padded(sizes.A), launch.pairs), min(padded(U), launch.rest)
+    return AB, UB, triton.cdiv(sizes.A, AB), triton.cdiv(U, UB)
+
+
+def _gradient_bc(call: Call, window: Window, dB: Tensor, dC: Tensor, out: Buffers, *, leaving: bool) -> None:
     """From the rows of each head to the gradients of B, C, their biases, theta and tick, for the window's tokens."""
     inp, c, sizes = call.inp, call.c, call.sizes
     (c0, c1), (t0, t1), per_group = window.chunks, window.tokens, sizes.H // sizes.G
-    heads = max(1, min(per_group, (c1 - c0) * sizes.H // (2 * call.programs)))
-    blocks, tokens, constants = triton.cdiv(per_group, heads), t1 - t0, sizes.matrix()
+    heads = min(per_group, 2 ** (max(1, 2 * (c1 - c0) * sizes.H // call.programs).bit_length() - 1))
+    blocks, tokens = triton.cdiv(per_group, heads), t1 - t0
     like = dict(device=dB.device, dtype=torch.float32)
     shared = [v[t0 * sizes.R : t1 * sizes.R] for v in (out.dB, out.dC)]
     parts = shared if blocks == 1 else [torch.empty(blocks, *v.shape, **like) for v in shared]
@@ -226,12 +237,15 @@ def _gradient_bc(call: Call, window: Window, dB: Tensor, dC: Tensor, out: Buffer
         None if bias is None else torch.empty(c1 - c0, sizes.H, sizes.R, sizes.N, **like)
         for bias in (inp.B_bias, inp.C_bias)
     ]
-    gradient_bc_kernel[(sizes.G * blocks, c1 - c0)](
+    AB, UB, pair_parts, rest_parts = parts_of_channels(sizes, call.launch)
+    options = {} if call.launch.registers is None else {"maxnreg": call.launch.registers}
+    gradient_bc_kernel[(sizes.G * blocks, c1 - c0, pair_parts + 2 * rest_parts)](
         inp.theta, call.tick, inp.B, inp.C, inp.B_bias, inp.C_bias, call.angles.turn, call.angles.phase, dB, dC,
         out.turning, call.plan.chunks, *parts, theta, out.rows.tick, *biases, c0, t0, tokens, c.decay.shape[1],
-        **{name: constants[name] for name in ("H", "G", "R", "RP", "N", "A", "AP", "UP")}, L=call.tokens, HEADS=heads,
-        HAS_BIAS_B=inp.B_bias is not None, HAS_BIAS_C=inp.C_bias is not None, EXACT=call.constants["EXACT"],
-        HARDWARE=call.constants["HARDWARE"], STAGES=1, num_warps=8,
+        **{name: call.constants[name] for name in ("H", "G", "R", "RP", "N", "A", "L", "EXACT", "HARDWARE", "DTYPE")},
+        AB=AB, PARTS=pair_parts, UB=UB, HEADS=heads, HAS_BIAS_B=inp.B_bias is not None,
+        HAS_BIAS_C=inp.C_bias is not None, LEAVING=leaving, STAGES=call.launch.stages_bc, num_warps=call.launch.warps,
+        **options,
     )  # fmt: skip
     if blocks > 1:
         for v, part in zip(shared, parts, strict=True):
@@ -247,25 +261,25 @@ def _windows(call: Call, state: State | None, last: LastState) -> tuple[Buffers,
     H, P, N, T = sizes.H, sizes.P, sizes.N, call.c.decay.shape[1]
     entering, leaving = _entering(call, state), _leaving(call, last.S)
     like = dict(device=inp.x.device, dtype=torch.float32)
-    z, chunks = call.gate.z, call.plan.chunks.shape[0]
+    z, chunks, parts = call.gate.z, call.plan.chunks.shape[0], parts_of_channels(sizes, call.launch)[2]
     out = Buffers(
         torch.empty(T, H, P, device=inp.x.device, dtype=inp.x.dtype),
         None if z is None else torch.empty(T, H, P, device=z.device, dtype=z.dtype),
         *(torch.empty(T * sizes.R, sizes.G, N, device=inp.x.device, dtype=inp.x.dtype) for _ in range(2)),
         torch.empty(T, sizes.A, **like),
-        Rows(*(torch.empty(shape, **like) for shape in [(H, T)] * 4 + [(chunks, H), (H, T)])),
+        Rows(*(torch.empty(shape, **like) for shape in [(H, T)] * 4 + [(chunks, H), (parts, H, T)])),
         torch.empty(chunks, H, sizes.A, **like), {},
     )  # fmt: skip
     first = None if state is None else torch.empty(call.plan.tables.sequences.shape[0], H, P, N, **like)
     count = max(w.chunks[1] - w.chunks[0] for w in call.plan.windows)
     slots = max(w.chunks[1] - w.chunks[0] + w.segments[1] - w.segments[0] for w in call.plan.windows)
     S, dS = (inp.x.new_empty((slots, H, P, N)) for _ in range(2))
-    dB, dC = (inp.x.new_empty((count, H, call.tokens * sizes.R, N)) for _ in range(2))
+    dB, dC = (inp.x.new_empty((count, H, call.launch.tokens * sizes.R, N)) for _ in range(2))
     for window in call.plan.windows:
         _states(call, window.segments, window.chunks[0], entering, S, None, None, reverse=False)
         _states(call, window.segments, window.chunks[0], leaving, dS, first, None, reverse=True)
         _gradient_rows(call, window, S, dS, dB, dC, out)
-        _gradient_bc(call, window, dB, dC, out)
+        _gradient_bc(call, window, dB, dC, out, leaving=last.S is not None)
     return out, first
 
 
@@ -305,7 +319,7 @@ def _add_turn(call: Call, d_phi: Tensor, boundaries: tuple[int, ...], out: Buffe
     theta, tick = call.inp.theta.flatten(0, 1), call.tick.flatten(0, 1)  # [t, a], [t, h]
     for d, begin, end in zip(d_phi.double(), boundaries[:-1], boundaries[1:], strict=True):
         out.dtheta[begin:end] += (tick[begin:end].double() @ d).float()
-        out.rows.tick[:, begin:end] += (d @ theta[begin:end].double().T).float()
+        out.rows.tick[0, :, begin:end] += (d @ theta[begin:end].double().T).float()
 
 
 def _given_state(call: Call, state: State, dS: Tensor, d_phi: Tensor | None, out: Buffers) -> tuple[State, Tensor]:
@@ -338,8 +352,8 @@ def _gradient_dt(call: Call, out: Buffers, d_halo: Tensor | None) -> tuple[Tenso
     HB = min(32, triton.next_power_of_2(H))
     gradient_dt_kernel[(call.plan.chunks.shape[0], triton.cdiv(H, HB))](
         inp.dt, inp.A, inp.lam, call.c.weight, call.plan.chunks, *out.rows, d_halo, d_dt, d_A, d_lam, d_tick, T, H=H,
-        L=call.tokens, HB=HB, HAS_STATE=d_halo is not None, TURNS=call.sizes.A > 0, HAS_TICK=inp.tick is not None,
-        EXACT=call.constants["EXACT"], num_warps=4,
+        L=call.launch.tokens, HB=HB, HAS_STATE=d_halo is not None, TURNS=call.sizes.A > 0, HAS_TICK=inp.tick is not None,
+        PARTS=out.rows.tick.shape[0], EXACT=call.constants["EXACT"], num_warps=4,
     )  # fmt: skip
     return d_dt, d_A, d_lam, d_tick
 

@@ -14,10 +14,10 @@ import triton.language as tl
 def gradient_dt_kernel(
     dt, A_rate, lam, weight, chunks, d_row, d_column, d_state, d_gamma, d_kept, d_turn, d_halo, d_dt, d_A, d_lam, d_tick,
     T, H: tl.constexpr, L: tl.constexpr, HB: tl.constexpr, HAS_STATE: tl.constexpr, TURNS: tl.constexpr,
-    HAS_TICK: tl.constexpr, EXACT: tl.constexpr,
+    HAS_TICK: tl.constexpr, PARTS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program a (chunk, HB heads). Rows [h, t] in, [t, h] out. d_halo [s, h]: of each sequence's first token;
-    d_turn: of tick."""
+    d_turn [part, h, t]: of tick, in parts."""
     i_c, i_hb = tl.program_id(0), tl.program_id(1)
     i_t, end = tl.load(chunks + i_c * 5), tl.load(chunks + i_c * 5 + 1)
     begin, i_s = tl.load(chunks + i_c * 5 + 2), tl.load(chunks + i_c * 5 + 3)
@@ -46,6 +46,8 @@ def gradient_dt_kernel(
     b_d_dt = b_log * tl.load(A_rate + o_out, mask=m, other=0.0) + b_lam * b_gamma + (1.0 - b_lam) * b_halo
     if TURNS:
         b_tick = tl.load(d_turn + o_rows, mask=m, other=0.0)
+        for i in tl.static_range(1, PARTS):
+            b_tick += tl.load(d_turn + i * H * T.to(tl.int64) + o_rows, mask=m, other=0.0)
         if HAS_TICK:
             tl.store(d_tick + o_out, b_tick, mask=m)
         else:

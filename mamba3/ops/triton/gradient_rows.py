@@ -27,7 +27,7 @@ from mamba3.ops.triton.channels import (
     state_tile,
 )
 from mamba3.ops.triton.states import decay_out, output_gradient, ranked_rows
-from mamba3.ops.triton.tiles import pinned, product
+from mamba3.ops.triton.tiles import pinned, product, rank_sums, token_sums
 
 
 @triton.jit
@@ -40,20 +40,30 @@ def by_token(b_v, L: tl.constexpr, RP: tl.constexpr):
 
 
 @triton.jit
-def put_tokens(v, b_v, i_h, i_t, end, H: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, L: tl.constexpr):
+def put_tokens(
+    v, b_v, i_h, i_t, end, H: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, L: tl.constexpr, RP: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
     """[l, r, p], summed over ranks, to v [t, h, p]."""
-    o_l, o_p = tl.arange(0, L), tl.arange(0, PP)
+    b_v = tl.reshape(b_v, (L * RP, PP))
+    if RP > 1:
+        b_v = rank_sums(b_v.to(DTYPE), PP, L, RP, DTYPE)
+    o_l, o_p = tl.arange(0, b_v.shape[0]), tl.arange(0, PP)
     p_v = v + (i_t.to(tl.int64) * H + i_h) * P + (o_l[:, None] * (H * P) + o_p[None, :])
-    tl.store(p_v, tl.sum(b_v, axis=1).to(v.dtype.element_ty), mask=(i_t + o_l < end)[:, None] & (o_p < P)[None, :])
+    m_l = (o_l < L) & (i_t + o_l < end)
+    tl.store(p_v, b_v.to(v.dtype.element_ty), mask=m_l[:, None] & (o_p < P)[None, :])
 
 
 @triton.jit
-def put_ranks(part, b_v, i_h, i_j, H: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
-              RP: tl.constexpr):  # fmt: skip
+def put_ranks(
+    part, b_v, i_h, i_j, H: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    RP: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """[l, r, p], summed over tokens, to part [c, h, r, p]."""
-    o_r, o_p = tl.arange(0, RP), tl.arange(0, PP)
+    b_sum = token_sums(tl.reshape(b_v.to(DTYPE), (L * RP, PP)), PP, L, RP, DTYPE)
+    o_r, o_p = tl.arange(0, b_sum.shape[0]), tl.arange(0, PP)
     p_part = part + (i_j.to(tl.int64) * H + i_h) * (R * P) + (o_r[:, None] * P + o_p[None, :])
-    tl.store(p_part, tl.sum(b_v, axis=0), mask=(o_r < R)[:, None] & (o_p < P)[None, :])
+    tl.store(p_part, b_sum, mask=(o_r < R)[:, None] & (o_p < P)[None, :])
 
 
 @triton.jit
@@ -71,18 +81,18 @@ def put_rows(
 
 @triton.jit
 def pairs(S, o_p, A: tl.constexpr, W: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
-    """The first and the second channels of the pairs of a state [p, n], [p, a] each in float32."""
+    """The first and the second channels of the pairs of a state [p, n], [p, a] each."""
     o_a = tl.arange(0, W)
     m = (o_p < P)[:, None] & (o_a < A)[None, :]
     p_S = S + o_p[:, None] * N + o_a[None, :]
-    return tl.load(p_S, mask=m, other=0.0).to(tl.float32), tl.load(p_S + A, mask=m, other=0.0).to(tl.float32)
+    return tl.load(p_S, mask=m, other=0.0), tl.load(p_S + A, mask=m, other=0.0)
 
 
 @triton.jit
 def gradient_rows_kernel(
     x, z, B, C, B_bias, C_bias, mimo_x, mimo_z, mimo_o, D, dy, decay, decay_low, weight, gamma, turn, phase,
-    S, dS, chunks, dx, dz, dB_rows, dC_rows, d_row, d_column, d_state, d_gamma, d_kept, turning, dD, d_mimo_x, d_mimo_z, d_mimo_o,
-    c_first, k_first, T, x_row, z_row,
+    S, dS, chunks, dx, dz, dB_rows, dC_rows, d_row, d_column, d_state, d_gamma, d_kept, turning, dD,
+    d_mimo_x, d_mimo_z, d_mimo_o, c_first, k_first, T, x_row, z_row,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
     N: tl.constexpr, A: tl.constexpr, W: tl.constexpr, NQ: tl.constexpr, L: tl.constexpr,
     HAS_BIAS_B: tl.constexpr, HAS_BIAS_C: tl.constexpr, HAS_MIMO_X: tl.constexpr, HAS_MIMO_Z: tl.constexpr,
@@ -105,6 +115,11 @@ def gradient_rows_kernel(
     i_t, end, i_k = tl.load(chunks + i_c * 5), tl.load(chunks + i_c * 5 + 1), tl.load(chunks + i_c * 5 + 4)
     slot = ((i_j + i_k - k_first).to(tl.int64) * H + i_h) * (P * N)
 
+    # What comes from far is asked for first, so that it is waited for once; with ranks, shared memory has no room for dS.
+    b_S = state_tile(S + slot, P, PP, N, A, W, NQ)
+    if RP == 1:
+        b_dS = state_tile(dS + slot + H * P * N, P, PP, N, A, W, NQ)
+
     # Scores, and how much of each reaches y.
     if A > 0:
         b_cos, b_sin = rotation(turn, phase, i_h, i_t, end, i_c, T, H, A, W, L, HARDWARE, BULK)
@@ -115,7 +130,6 @@ def gradient_rows_kernel(
     b_C = rotated_rows(C, C_bias, b_cos, b_sin, i_h, i_g, i_t, end, G, N, A, W, NQ, L, R, RP, HAS_BIAS_C, BULK, DTYPE)
     b_B, b_C = pinned(b_B, HARDWARE), pinned(b_C, HARDWARE)
     b_P = product(b_C, tl.trans(b_B), tl.zeros((L * RP, L * RP), tl.float32))
-    b_S = state_tile(S + slot, P, PP, N, A, W, NQ)
     b_y = product(b_C, tl.trans(b_S), tl.zeros((L * RP, PP), tl.float32))
     b_decay = of_tokens(decay, i_h, i_t, end, T, L, RP, BULK)
     b_w, b_gamma = (of_tokens(weight, i_h, i_t, end, T, L, RP, BULK), of_tokens(gamma, i_h, i_t, end, T, L, RP, BULK))
@@ -132,10 +146,13 @@ def gradient_rows_kernel(
     # y, and through the gate.
     b_dy = output_gradient(
         dy, z, mimo_z, mimo_o, i_h, i_t, end, z_row, H, P, PP, L, R, RP, HAS_Z, HAS_MIMO_Z, HAS_MIMO_O, HARDWARE, BULK,
-        COARSE,
+        COARSE and not HAS_D,
     )  # fmt: skip
-    b_dy = pinned(tl.reshape(b_dy.to(DTYPE), (L * RP, PP)), HARDWARE)
     b_x = ranked_rows(x, mimo_x, i_h, i_t, end, x_row, P, PP, L, R, RP, HAS_MIMO_X, BULK, DTYPE)
+    if HAS_D:
+        b_dD = b_dy * tl.reshape(b_x, (L, RP, PP)).to(tl.float32)
+        tl.store(dD + i_j * H + i_h, tl.sum(tl.sum(tl.sum(b_dD, axis=2), axis=1), axis=0))
+    b_dy = pinned(tl.reshape(b_dy.to(DTYPE), (L * RP, PP)), HARDWARE)
     b_into = exp2(b_decay, HARDWARE)
     b_y *= b_into[:, None]
     b_row = tl.sum(b_dy.to(tl.float32) * b_y, axis=1)
@@ -153,19 +170,16 @@ def gradient_rows_kernel(
             b_zr *= b_mimo_z
         b_open = sigmoid(b_zr, HARDWARE, COARSE)
         if HAS_MIMO_O:
-            put_ranks(d_mimo_o, b_y * (b_zr * b_open), i_h, i_j, H, P, PP, R, RP)
+            put_ranks(d_mimo_o, b_y * (b_zr * b_open), i_h, i_j, H, P, PP, L, R, RP, DTYPE)
             b_y *= rank_weights(mimo_o, i_h, P, PP, R, RP)
         b_dz = b_y * (b_open * (1.0 + b_zr * (1.0 - b_open)))
         if HAS_MIMO_Z:
-            put_ranks(d_mimo_z, b_z * b_dz, i_h, i_j, H, P, PP, R, RP)
+            put_ranks(d_mimo_z, b_z * b_dz, i_h, i_j, H, P, PP, L, R, RP, DTYPE)
             b_dz *= b_mimo_z
-        put_tokens(dz, b_dz, i_h, i_t, end, H, P, PP, L)
+        put_tokens(dz, b_dz, i_h, i_t, end, H, P, PP, L, RP, DTYPE)
 
     # What scores and weights get, within the chunk.
     b_Q = product(b_dy, tl.trans(b_x), tl.zeros((L * RP, L * RP), tl.float32))
-    if HAS_D:
-        b_dD = tl.where(o_row[:, None] == o_row[None, :], b_Q, 0.0)
-        tl.store(dD + i_j * H + i_h, tl.sum(tl.sum(b_dD, axis=1), axis=0))
     b_P *= b_Q
     b_Q = (b_Q * (b_between * tl.where(same, b_gamma[:, None], b_w[None, :]))).to(DTYPE)
     b_dgamma = tl.sum(tl.where(same, b_P, 0.0), axis=1)
@@ -181,7 +195,8 @@ def gradient_rows_kernel(
     # x, by way of the chunk and of the state.
     b_out, b_total = decay_out(decay, decay_low, i_h, i_t, end, T, L, RP, BULK, EXACT)
     b_out = exp2(b_out, HARDWARE)
-    b_dS = state_tile(dS + slot + H * P * N, P, PP, N, A, W, NQ)
+    if RP > 1:
+        b_dS = state_tile(dS + slot + H * P * N, P, PP, N, A, W, NQ)
     if EXACT:
         b_kept = b_S * b_dS
     else:  # the trace of a product takes a third of the instructions
@@ -196,17 +211,19 @@ def gradient_rows_kernel(
     b_dx = tl.reshape(b_dx, (L, RP, PP))
     if HAS_MIMO_X:
         b_plain = head_channels(x, i_h, i_t, end, x_row, P, PP, L, BULK).to(tl.float32)
-        put_ranks(d_mimo_x, b_plain * b_dx, i_h, i_j, H, P, PP, R, RP)
+        put_ranks(d_mimo_x, b_plain * b_dx, i_h, i_j, H, P, PP, L, R, RP, DTYPE)
         b_dx *= rank_weights(mimo_x, i_h, P, PP, R, RP)
-    put_tokens(dx, b_dx, i_h, i_t, end, H, P, PP, L)
+    put_tokens(dx, b_dx, i_h, i_t, end, H, P, PP, L, RP, DTYPE)
 
+    if A > 0:
+        b_S1, b_S2 = pairs(S + slot, o_p, A, W, P, N)
+        b_dS1, b_dS2 = pairs(dS + slot, o_p, A, W, P, N)
     b_dC = product(b_dy, b_S, tl.zeros((L * RP, NQ), tl.float32)) * b_into[:, None]
     put_rows(dC_rows, product(b_Q, b_B, b_dC), i_h, i_j, H, N, A, W, NQ, L, R, RP)
     b_dB = product(b_x, b_dS, tl.zeros((L * RP, NQ), tl.float32)) * (b_out * b_w)[:, None]
     put_rows(dB_rows, product(tl.trans(b_Q), b_C, b_dB), i_h, i_j, H, N, A, W, NQ, L, R, RP)
     if A > 0:
-        b_S1, b_S2 = pairs(S + slot, o_p, A, W, P, N)
-        b_dS1, b_dS2 = pairs(dS + slot, o_p, A, W, P, N)
         o_a = tl.arange(0, W)
+        b_turning = b_S1.to(tl.float32) * b_dS2.to(tl.float32) - b_S2.to(tl.float32) * b_dS1.to(tl.float32)
         p_turning = turning + (i_c.to(tl.int64) * H + i_h) * A + o_a
-        tl.store(p_turning, tl.sum(b_S1 * b_dS2 - b_S2 * b_dS1, axis=0), mask=o_a < A)
+        tl.store(p_turning, tl.sum(b_turning, axis=0), mask=o_a < A)
