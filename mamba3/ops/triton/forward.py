@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mamba3.ops.gate import apply_gate
+from mamba3.ops.triton.assembler import sound_assembler
 from mamba3.ops.triton.coefficients import coefficients_kernel, phases_kernel
 from mamba3.ops.triton.last_token import last_token_kernel
 from mamba3.ops.triton.launch import Device, Launch, choose, device_limits, padded, piece, segment_programs
@@ -252,8 +253,15 @@ def scan(
 
     wide: y in float32, for a norm that follows.
     """
+    with sound_assembler(inp.x.device):
+        return _scan(inp, gate, state, cu_seqlens, launch, limits or device_limits(inp.x.device), wide)
+
+
+def _scan(
+    inp: Inputs, gate: Gate, state: State | None, cu_seqlens: list[int] | None, launch: Launch | None, limits: Device,
+    wide: bool,
+) -> ScanOutput:  # fmt: skip
     b, t, H, P = inp.x.shape
-    limits = limits or device_limits(inp.x.device)
     sizes = Sizes(H, inp.B.shape[-2], inp.rank, P, inp.B.shape[-1], inp.theta.shape[-1])
     boundaries = tuple(range(0, b * t + 1, t)) if cu_seqlens is None else tuple(cu_seqlens)
     launch = launch or choose(limits, inp.x.dtype, inp.rank, suits_bulk(inp, gate, sizes, boundaries))

@@ -1,0 +1,120 @@
+"""What is done in processes of its own before any time is taken: checks, cold starts, and other projects' compilation.
+
+    python -m benchmarks.kernel_jobs KIND SETTINGS        prints one line of JSON
+
+Kernels compile for seconds to minutes on one core each; a process a piece of work puts all cores to use.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Job(NamedTuple):
+    """A kind of work, its settings, and the folder of compiled kernels it uses (None: the user's own)."""
+
+    kind: str
+    settings: dict[str, Any]
+    cache: str | None = None
+
+
+class Outcome(NamedTuple):
+    """What the process printed, or why there is nothing."""
+
+    result: Any
+    why: str | None
+
+
+def run_all(jobs: Mapping[str, Job], limit_s: float, workers: int, tell: Callable[[str], None]) -> dict[str, Outcome]:
+    """Every job in a process of its own, `workers` at a time; one that takes longer than `limit_s` is ended."""
+    outcomes: dict[str, Outcome] = {}
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        running = {pool.submit(_run, job, limit_s): name for name, job in jobs.items()}
+        for done in concurrent.futures.as_completed(running):
+            name, outcomes[running[done]] = running[done], done.result()
+            tell(f"{name}: {outcomes[name].why or 'done'}")
+    return outcomes
+
+
+def _run(job: Job, limit_s: float) -> Outcome:
+    command = [sys.executable, "-m", "benchmarks.kernel_jobs", job.kind, json.dumps(job.settings)]
+    cache = {} if job.cache is None else {"TRITON_CACHE_DIR": job.cache}
+    try:
+        done = subprocess.run(
+            command, env=os.environ | cache, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome(None, f"not done after {limit_s:.0f} s")
+    if done.returncode:
+        return Outcome(None, f"ended with {done.returncode}: {done.stderr.strip()[-600:]}")
+    return Outcome(json.loads(done.stdout.splitlines()[-1]), None)
+
+
+@contextlib.contextmanager
+def cold_caches(count: int) -> Iterator[list[str]]:
+    """Empty folders for compiled kernels."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(count)]
+
+
+def check(dtype: str, backward: bool, case: list[int]) -> Any:
+    """A row of `kernel_checks`."""
+    from benchmarks import kernel_checks
+
+    return kernel_checks.check(dtype, backward, tuple(case))
+
+
+def cold(rank: int, backward: bool) -> dict[str, float]:
+    """Seconds to the first result of this process, whose cache is empty, and then at two lengths it has not seen."""
+    import torch
+
+    from benchmarks.kernel_sizes import inputs
+    from benchmarks.rivals import passes
+    from mamba3 import ops
+
+    seconds = []
+    for t in (2048, 2049, 4096):
+        values = inputs(1, t, rank, torch.bfloat16)
+        names = list(values)
+
+        def call(*v, names=names):
+            return ops.scan(**dict(zip(names, v, strict=True)), impl="triton").y
+
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        passes(call, list(values.values()), backward).run()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return dict(zip(("first_s", "odd_length_s", "longer_s"), seconds, strict=True))
+
+
+def tune(name: str, b: int, t: int, part: int, parts: int) -> dict[str, float]:
+    """Compiles a rival, both passes, for one part of its configurations; the compiled kernels stay in the user's cache."""
+    import torch
+
+    from benchmarks import rivals
+
+    rival = next(r for r in rivals.RIVALS if r.name == name)
+    built, start = rival.build(b, t), time.perf_counter()
+    rivals.shorten_tuning(part, parts)
+    for backward in (False, True):
+        rivals.passes(*built, backward).run()
+        torch.cuda.synchronize()
+    return {"seconds": time.perf_counter() - start}
+
+
+if __name__ == "__main__":
+    kinds = {"check": check, "cold": cold, "tune": tune}
+    print(json.dumps(kinds[sys.argv[1]](**json.loads(sys.argv[2]))))  # noqa: T201
