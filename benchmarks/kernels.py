@@ -34,8 +34,8 @@ def say(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
-def _jobs(caches: list[str], with_rivals: bool) -> dict[str, Job]:
-    """Everything that compiles, the longest first."""
+def _jobs(caches: list[str], with_rivals: bool, quick: bool) -> dict[str, Job]:
+    """Everything that compiles, the longest first; `quick`: one check of each kind."""
     from benchmarks.rivals import RIVALS
 
     jobs = {}
@@ -44,7 +44,9 @@ def _jobs(caches: list[str], with_rivals: bool) -> dict[str, Job]:
         jobs[name] = Job("cold", {"rank": rank, "backward": backward}, caches[i])
     if with_rivals:
         for rival in RIVALS:
-            shapes = [TUNED_AT] if rival.parts > 0 else [s for s in SHAPES[rival.rank] if s[1] <= rival.longest]
+            shapes = [TUNED_AT]
+            if rival.parts < 0 and not quick:
+                shapes = [s for s in SHAPES[rival.rank] if s[1] <= rival.longest]
             parts = abs(rival.parts)
             for b, t in shapes:
                 for part in range(parts):
@@ -52,16 +54,16 @@ def _jobs(caches: list[str], with_rivals: bool) -> dict[str, Job]:
                     jobs[f"compile {rival.name} ({b}, {t}) {part + 1}/{parts}"] = Job("tune", settings)
     for dtype, cases in CASES.items():
         for name, backward in (("forward", False), ("backward", True)):
-            for case in cases[name]:
+            for case in cases[name][: 1 if quick else None]:
                 settings = {"dtype": dtype, "backward": backward, "case": case}
                 jobs[f"check {name} {dtype} {case}"] = Job("check", settings)
     return jobs
 
 
-def _prepare(limit_s: float, with_rivals: bool) -> dict[str, Any]:
+def _prepare(limit_s: float, with_rivals: bool, quick: bool) -> dict[str, Any]:
     """Checks and cold starts. ValueError where a check is red or could not be made."""
     with cold_caches(2 * len(SHAPES)) as caches:
-        jobs = _jobs(caches, with_rivals)
+        jobs = _jobs(caches, with_rivals, quick)
         outcomes = run_all(jobs, limit_s, os.cpu_count() or 1, say)
         _keep_compiled(caches)
 
@@ -104,7 +106,7 @@ def run(
 
     Args:
         sections: which of SECTIONS.
-        quick: one shape and few rounds: does everything run? Not to be quoted.
+        quick: one shape, few rounds, a check of each kind: does everything run? Not to be quoted.
         chunked: time the PyTorch path too, where it is short enough.
         with_rivals: time other projects' kernels, where they can be imported.
         limit_s: seconds that each process of checks and compilation may take, and that a rival may take to be ready.
@@ -116,7 +118,7 @@ def run(
     torch.manual_seed(0)
     where = environment.describe("cuda")
     say(f"{where['device']}, commit {where['commit']}")
-    measured = _prepare(limit_s, with_rivals)
+    measured = _prepare(limit_s, with_rivals, quick)
     top = measured["ceilings"] = ceilings()
     say(f"ceilings: {top}")
     settings = Settings(

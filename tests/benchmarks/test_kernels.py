@@ -61,7 +61,7 @@ def test_a_job_that_fails_says_how_and_the_others_are_done():
 
 
 def test_every_shape_and_dtype_has_its_jobs():
-    jobs = kernels._jobs(["a", "b", "c", "d"], with_rivals=True)
+    jobs = kernels._jobs(["a", "b", "c", "d"], with_rivals=True, quick=False)
     kinds = [job.kind for job in jobs.values()]
     assert kinds.count("cold") == 2 * len(SHAPES) == len({job.cache for job in jobs.values() if job.kind == "cold"})
     assert kinds.count("check") == sum(
@@ -70,7 +70,9 @@ def test_every_shape_and_dtype_has_its_jobs():
     assert (
         kinds.count("tune") == sum(r.parts for r in RIVALS if r.parts > 0) + 3
     )  # the last: shapes of the official MIMO
-    assert "tune" not in {job.kind for job in kernels._jobs(["a", "b", "c", "d"], with_rivals=False).values()}
+    assert "tune" not in {
+        job.kind for job in kernels._jobs(["a", "b", "c", "d"], with_rivals=False, quick=True).values()
+    }
 
 
 def test_the_plots_have_a_panel_a_shape(tmp_path):

@@ -59,13 +59,13 @@ def _normalised(v, weight, out, N: tl.constexpr, NP: tl.constexpr, M: tl.constex
 @triton.jit
 def activations_kernel(
     B_raw, C_raw, dt_raw, A_raw, lam_raw, theta_raw, dt_bias, B_weight, C_weight, B, C, dt, A_rate, lam, theta, bc_row,
-    row, H: tl.constexpr, HP: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    rest_row, H: tl.constexpr, HP: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, A_FLOOR: tl.constexpr, HEAVY_TAIL: tl.constexpr, LAM: tl.constexpr,
 ):  # fmt: skip
-    """One program a token. row, bc_row: elements from one token to the next of the columns; M = r g. LAM: fixed, or -1."""
+    """One program a token. bc_row, rest_row: elements from a token's columns to the next's; M = r g. LAM: fixed, or -1."""
     i_t, o_h, o_a = tl.program_id(0).to(tl.int64), tl.arange(0, HP), tl.arange(0, AP)
     m_h, m_a = o_h < H, o_a < A
-    p_row, p_h = i_t * row + o_h, i_t * H + o_h
+    p_row, p_h = i_t * rest_row + o_h, i_t * H + o_h
     b_dt = tl.load(dt_raw + p_row, mask=m_h, other=0.0).to(tl.float32) + tl.load(dt_bias + o_h, mask=m_h, other=0.0)
     tl.store(dt + p_h, softplus(b_dt), mask=m_h)
     b_A = decay_rate(tl.load(A_raw + p_row, mask=m_h, other=0.0).to(tl.float32), A_FLOOR, HEAVY_TAIL)
@@ -76,7 +76,7 @@ def activations_kernel(
         b_lam = tl.full((HP,), LAM, tl.float32)
     tl.store(lam + p_h, b_lam, mask=m_h)
     if A > 0:
-        b_theta = tl.load(theta_raw + i_t * row + o_a, mask=m_a, other=0.0).to(tl.float32)
+        b_theta = tl.load(theta_raw + i_t * rest_row + o_a, mask=m_a, other=0.0).to(tl.float32)
         tl.store(theta + i_t * A + o_a, tanh(b_theta) * PI, mask=m_a)
     _normalised(B_raw + i_t * bc_row, B_weight, B + i_t * (M * N), N, NP, M, MP)
     _normalised(C_raw + i_t * bc_row, C_weight, C + i_t * (M * N), N, NP, M, MP)
