@@ -26,6 +26,7 @@ FLOATS = {
 }  # fmt: skip
 INTEGERS = {"chunks", "segments", "sequences", "sequence_segments", "phase", "turned"}
 TURN = {"fp32": "i32", "bf16": "i16"}
+SCALARS = {"eps": "fp32", "has_state": "i32"}
 NUMBERS = {"T", "x_row", "z_row", "bc_row", "rest_row", "row_size", "k_first", "c_first", "t_first", "Tw"}
 
 
@@ -81,8 +82,8 @@ def compile_all(name: str) -> dict[str, int]:
                 signature[argument], values[argument] = "constexpr", constants[argument]
             elif argument in (descriptors or {}):
                 signature[argument] = f"tensordesc<{descriptors[argument]}>"
-            elif argument == "eps":
-                signature[argument] = "fp32"
+            elif argument in SCALARS:
+                signature[argument] = SCALARS[argument]
             elif argument in NUMBERS:
                 signature[argument], attributes[(i,)] = "i32", [["tt.divisibility", 16]]
             else:
@@ -108,7 +109,7 @@ def compile_all(name: str) -> dict[str, int]:
             R=rank, RP=rank, W=32, NQ=128, L=L, BULK=launch.bulk, STAGES=launch.stages, DTYPE=dtype, EXACT=exact,
             HARDWARE=limits.nvidia and not exact, HAS_BIAS_B=True, HAS_MIMO_X=mimo,
         )  # fmt: skip
-        gate = dict(HAS_BIAS_C=True, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo, HAS_D=True, HAS_Z=True, HAS_S=True)
+        gate = dict(HAS_BIAS_C=True, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo, HAS_D=True, HAS_Z=True)
         boxes = {"B": f"{L * rank},32", "C": f"{L * rank},32", "x": f"{L},64", "z": f"{L},64"} if launch.bulk else {}
         boxes = {v: f"{kind}[{box}]" for v, box in boxes.items()}
         if launch.bulk:

@@ -96,6 +96,11 @@ def rows(v: Tensor) -> tuple[Tensor, int]:
     return v.contiguous(), h * p
 
 
+def row_stride(tokens: int) -> int:
+    """Elements of a coefficient's row [h, t]: a multiple of 16, which kernels are compiled for, whatever the length."""
+    return -(-tokens // 16) * 16
+
+
 def _flat(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
@@ -128,7 +133,7 @@ def tiles(inp: Inputs, gate: Gate, sizes: Sizes, launch: Launch, turn: Tensor) -
         L, width = launch.tokens, sizes.G * sizes.N
         for name in ("B", "C"):
             v[name] = TensorDescriptor(v[name], [T * sizes.R, width], [width, 1], [L * sizes.R, sizes.W])
-        v["turn"] = TensorDescriptor(turn, [sizes.H * T, sizes.A], [sizes.A, 1], [L, sizes.A])
+        v["turn"] = TensorDescriptor(turn, [turn.shape[0] * turn.shape[1], sizes.A], [sizes.A, 1], [L, sizes.A])
         for name, row in (("x", x_row), ("z", z_row)):
             if v[name] is not None:
                 v[name] = TensorDescriptor(v[name], [T, sizes.H * sizes.P], [row, 1], [L, sizes.P])
@@ -145,7 +150,8 @@ class Angles(NamedTuple):
 
 def angles(inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | None) -> Angles:
     """The angles of chunks of `chunk` tokens, from phi [s, h, a] before the first token."""
-    T, H, A, exact = inp.x.shape[0] * inp.x.shape[1], sizes.H, sizes.A, inp.x.dtype == torch.float32
+    T, H, A = row_stride(inp.x.shape[0] * inp.x.shape[1]), sizes.H, sizes.A
+    exact = inp.x.dtype == torch.float32
     chunks, sequences, device = table.chunks.shape[0], table.sequences.shape[0], inp.x.device
     phi_out = torch.empty(sequences, H, A, device=device, dtype=torch.float32)
     turn = torch.empty(H, T, A, device=device, dtype=torch.int32 if exact else torch.int16)
@@ -167,8 +173,8 @@ def coefficients(
     inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | None, *, backward: bool = False
 ) -> tuple[Coefficients, Tensor]:
     """What every chunk needs before its matrices, and the final phi [s, h, a]."""
-    b, t = inp.x.shape[:2]
-    T, H, A, exact = b * t, sizes.H, sizes.A, inp.x.dtype == torch.float32
+    tokens = inp.x.shape[0] * inp.x.shape[1]
+    T, H, A, exact = tokens if backward else row_stride(tokens), sizes.H, sizes.A, inp.x.dtype == torch.float32
     like = {"device": inp.x.device, "dtype": torch.float32}
     present = (True, exact, not backward, exact and not backward, backward, True, A > 0)
     c = Coefficients(
@@ -211,7 +217,7 @@ def entering_states(
     if table.split:
         summary_kernel[(H, count)](
             v["x"], v["B"], _parameter(inp.B_bias), _parameter(inp.mimo_x), c.decay, c.decay_low, c.source, c.source_low,
-            v["turn"], phase, table.segments, S, total, inp.x.shape[0] * inp.x.shape[1], v["x_row"], **options,
+            v["turn"], phase, table.segments, S, total, c.decay.shape[1], v["x_row"], **options,
         )  # fmt: skip
     given = State(*(_flat(v) for v in state)) if state is not None else State(S, S, S, S)
     PB = min(16, triton.next_power_of_2(P))
@@ -286,10 +292,10 @@ def _scan(
     output_kernel[(H, table.segments.shape[0])](
         v["x"], v["z"] if fused else None, v["B"], v["C"], _parameter(inp.B_bias), _parameter(inp.C_bias),
         _parameter(inp.mimo_x), _parameter(gate.mimo_z), _parameter(gate.mimo_o), _parameter(inp.D),
-        c.decay, c.decay_low, c.source, c.source_low, c.gamma, v["turn"], phase, S_in, table.segments, y, S, b * t,
-        v["x_row"], v["z_row"], HAS_BIAS_C=inp.C_bias is not None, HAS_MIMO_Z=fused and gate.mimo_z is not None,
-        HAS_MIMO_O=fused and gate.mimo_o is not None, HAS_D=inp.D is not None, HAS_Z=fused, HAS_S=S_in is not None,
-        **options,
+        c.decay, c.decay_low, c.source, c.source_low, c.gamma, v["turn"], phase, S if S_in is None else S_in,
+        int(S_in is not None), table.segments, y, S, c.decay.shape[1], v["x_row"], v["z_row"],
+        HAS_BIAS_C=inp.C_bias is not None, HAS_MIMO_Z=fused and gate.mimo_z is not None,
+        HAS_MIMO_O=fused and gate.mimo_o is not None, HAS_D=inp.D is not None, HAS_Z=fused, **options,
     )  # fmt: skip
     if gate.z is not None and not fused:
         y = apply_gate(y, gate).to(inp.x.dtype)
