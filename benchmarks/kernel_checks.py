@@ -34,15 +34,17 @@ CASES = {
 }
 
 
-def gradients(values: dict[str, Tensor], dy: Tensor, impl: Any) -> dict[str, Tensor]:
+def gradients(values: dict[str, Any], dy: Tensor, impl: Any) -> dict[str, Tensor]:
     """Of every argument of `scan`, from that of y."""
     exact = impl == "reference"
-    leaves = {name: (v.double() if exact else v.detach().clone()).requires_grad_() for name, v in values.items()}
+    leaves: dict[str, Any] = {
+        name: (v.double() if exact else v.detach().clone()).requires_grad_() for name, v in values.items()
+    }
     y = ops.scan(**leaves, impl=impl).y
     return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype)), strict=True))
 
 
-def results(values: dict[str, Tensor], dy: Tensor, impl: Any, backward: bool) -> dict[str, Tensor]:
+def results(values: dict[str, Any], dy: Tensor, impl: Any, backward: bool) -> dict[str, Tensor]:
     """What is compared: y and S, or the gradients."""
     if backward:
         return gradients(values, dy, impl)
@@ -61,7 +63,7 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, floa
 def check(dtype: str, backward: bool, case: tuple[int, ...]) -> dict[str, Any]:
     """One row of the results; `ok` says whether the laws hold."""
     torch.manual_seed(0)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # an element nobody wrote is NaN
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  what nobody wrote is NaN
     torch.use_deterministic_algorithms(True, warn_only=True)
     r, b, t, h, p, n, a = case
     values = inputs(b, t, r, getattr(torch, dtype), h, p, n, a)

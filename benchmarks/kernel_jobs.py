@@ -69,11 +69,11 @@ def cold_caches(count: int) -> Iterator[list[str]]:
         yield [stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(count)]
 
 
-def check(dtype: str, backward: bool, case: list[int]) -> Any:
-    """A row of `kernel_checks`."""
+def check(dtype: str, backward: bool, cases: list[list[int]]) -> list[Any]:
+    """Rows of `kernel_checks`."""
     from benchmarks import kernel_checks
 
-    return kernel_checks.check(dtype, backward, tuple(case))
+    return [kernel_checks.check(dtype, backward, tuple(case)) for case in cases]
 
 
 def cold(rank: int, backward: bool) -> dict[str, float]:
@@ -100,8 +100,9 @@ def cold(rank: int, backward: bool) -> dict[str, float]:
     return dict(zip(("first_s", "odd_length_s", "longer_s"), seconds, strict=True))
 
 
-def tune(name: str, b: int, t: int, part: int, parts: int) -> dict[str, float]:
-    """Compiles a rival, both passes, for one part of its configurations; the compiled kernels stay in the user's cache."""
+def tune(name: str, b: int, t: int, part: int, parts: int, backward: bool) -> dict[str, Any]:
+    """Compiles a rival for one part of its configurations and finds the best of them; what was compiled stays in the user's
+    cache. backward: that pass too."""
     import torch
 
     from benchmarks import rivals
@@ -109,10 +110,10 @@ def tune(name: str, b: int, t: int, part: int, parts: int) -> dict[str, float]:
     rival = next(r for r in rivals.RIVALS if r.name == name)
     built, start = rival.build(b, t), time.perf_counter()
     rivals.shorten_tuning(part, parts)
-    for backward in (False, True):
-        rivals.passes(*built, backward).run()
+    for wanted in (False, True) if backward else (False,):
+        rivals.passes(*built, wanted).run()
         torch.cuda.synchronize()
-    return {"seconds": time.perf_counter() - start}
+    return {"seconds": time.perf_counter() - start, "winners": rivals.winners()}
 
 
 if __name__ == "__main__":

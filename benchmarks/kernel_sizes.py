@@ -5,8 +5,9 @@ A floor is the least that must be moved or multiplied, at the rates the device r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 HEADS, HEADDIM, STATE, PAIRS = 64, 64, 128, 32
 D_MODEL = 2048
@@ -18,9 +19,9 @@ SHAPES = {
 DECODE = (1, 8, 32, 128, 512)
 
 
-def inputs(b: int, t: int, r: int, dtype: torch.dtype, h=HEADS, p=HEADDIM, n=STATE, a=PAIRS) -> dict[str, Tensor]:
+def inputs(b: int, t: int, r: int, dtype: torch.dtype, h=HEADS, p=HEADDIM, n=STATE, a=PAIRS) -> dict[str, Any]:
     """Arguments of `scan` as a layer makes them: dt log-uniform in [1e-3, 1e-1], biases about 1."""
-    new = dict(device="cuda", dtype=torch.float32)
+    new: dict[str, Any] = {"device": "cuda", "dtype": torch.float32}
 
     def normal(*shape):
         return torch.randn(*shape, **new)

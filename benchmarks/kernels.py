@@ -34,12 +34,12 @@ def say(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
-def _jobs(caches: list[str], with_rivals: bool, quick: bool) -> dict[str, Job]:
-    """Everything that compiles, the longest first; `quick`: one check of each kind."""
+def _jobs(caches: list[str], backward: bool, with_rivals: bool, quick: bool) -> dict[str, Job]:
+    """Everything that compiles, the longest first; `backward`: that pass too; `quick`: one check of each kind."""
     from benchmarks.rivals import RIVALS
 
-    jobs = {}
-    for i, (rank, backward) in enumerate((r, w) for r in SHAPES for w in (True, False)):
+    jobs, passes = {}, (True, False) if backward else (False,)
+    for i, (rank, backward) in enumerate((r, w) for r in SHAPES for w in passes):
         name = f"cold R={rank} {'forward + backward' if backward else 'forward'}"
         jobs[name] = Job("cold", {"rank": rank, "backward": backward}, caches[i])
     if with_rivals:
@@ -50,36 +50,43 @@ def _jobs(caches: list[str], with_rivals: bool, quick: bool) -> dict[str, Job]:
             parts = abs(rival.parts)
             for b, t in shapes:
                 for part in range(parts):
-                    settings = {"name": rival.name, "b": b, "t": t, "part": part, "parts": parts}
+                    settings = {
+                        "name": rival.name,
+                        "b": b,
+                        "t": t,
+                        "part": part,
+                        "parts": parts,
+                        "backward": True in passes,
+                    }
                     jobs[f"compile {rival.name} ({b}, {t}) {part + 1}/{parts}"] = Job("tune", settings)
     for dtype, cases in CASES.items():
-        for name, backward in (("forward", False), ("backward", True)):
-            for case in cases[name][: 1 if quick else None]:
-                settings = {"dtype": dtype, "backward": backward, "case": case}
-                jobs[f"check {name} {dtype} {case}"] = Job("check", settings)
+        for wanted in passes:
+            name = "backward" if wanted else "forward"
+            settings = {"dtype": dtype, "backward": wanted, "cases": cases[name][: 1 if quick else None]}
+            jobs[f"check {name} {dtype}"] = Job("check", settings)
     return jobs
 
 
-def _prepare(limit_s: float, with_rivals: bool, quick: bool) -> dict[str, Any]:
+def _prepare(limit_s: float, backward: bool, with_rivals: bool, quick: bool) -> dict[str, Any]:
     """Checks and cold starts. ValueError where a check is red or could not be made."""
     with cold_caches(2 * len(SHAPES)) as caches:
-        jobs = _jobs(caches, with_rivals, quick)
+        jobs = _jobs(caches, backward, with_rivals, quick)
         outcomes = run_all(jobs, limit_s, os.cpu_count() or 1, say)
         _keep_compiled(caches)
 
     def of(kind: str) -> dict[str, Outcome]:
         return {name: outcomes[name] for name, job in jobs.items() if job.kind == kind}
 
-    red = {name: o.why or o.result for name, o in of("check").items() if o.why or not o.result["ok"]}
+    checks = [row for o in of("check").values() for row in o.result or ()]
+    red = [row for row in checks if not row["ok"]] + [f"{name}: {o.why}" for name, o in of("check").items() if o.why]
     if red:
-        name, first = next(iter(red.items()))
-        raise ValueError(f"{len(red)} checks are red, so nothing is timed; the first is {name}: {first}")
-    say(f"{len(of('check'))} checks green")
+        raise ValueError(f"{len(red)} checks are red, so nothing is timed; the first: {red[0]}")
+    say(f"{len(checks)} checks green")
     cold = {name: o.result or {"failed": o.why} for name, o in of("cold").items()}
     for name, row in cold.items():
         say(f"{name}: {row}")
     return {
-        "checks": [o.result for o in of("check").values()],
+        "checks": checks,
         "cold": cold,
         "compiled_ahead": {name: o.result or {"failed": o.why} for name, o in of("tune").items()},
     }
@@ -93,6 +100,15 @@ def _keep_compiled(caches: list[str]) -> None:
         shutil.copytree(folder, knobs.cache.dir, dirs_exist_ok=True)
 
 
+def _finalists(compiled: dict[str, Any]) -> dict[str, set[str]]:
+    """The configurations that won a part of their grid, by kernel."""
+    found: dict[str, set[str]] = {}
+    for done in compiled.values():
+        for kernel, configs in done.get("winners", {}).items():
+            found.setdefault(kernel, set()).update(configs)
+    return found
+
+
 def run(
     folder: Path,
     *,
@@ -102,7 +118,7 @@ def run(
     with_rivals: bool = True,
     limit_s: float = 150.0,
 ) -> Path:
-    """All measurements, written to <date>-<device>-kernels.json and .png in `folder`.
+    """All measurements, written to <date>-<device>-kernels.json and .png in `folder`; the name says which where not all are.
 
     Args:
         sections: which of SECTIONS.
@@ -118,13 +134,13 @@ def run(
     torch.manual_seed(0)
     where = environment.describe("cuda")
     say(f"{where['device']}, commit {where['commit']}")
-    measured = _prepare(limit_s, with_rivals, quick)
+    measured = _prepare(limit_s, "backward" in sections, with_rivals, quick)
     top = measured["ceilings"] = ceilings()
     say(f"ceilings: {top}")
     settings = Settings(
         shapes={r: shapes[:1] if quick else shapes for r, shapes in SHAPES.items()},
         batches=DECODE[:1] if quick else DECODE, rounds=3 if quick else ROUNDS,
-        limit_s=limit_s if with_rivals else None, chunked=chunked, top=top,
+        limit_s=limit_s if with_rivals else None, finalists=_finalists(measured["compiled_ahead"]), chunked=chunked, top=top,
     )  # fmt: skip
     parts = {
         "forward": lambda: kernel_races.scans(False, settings, say),
@@ -134,12 +150,16 @@ def run(
             f"R={r} {name}": kernel_races.profile(*PROFILED, r, name == "backward")
             for r in SHAPES
             for name in ("forward", "backward")
+            if name in sections
         },
     }
+    subject = (
+        "kernels" if set(sections) == set(SECTIONS) else f"kernels-{'-'.join(s for s in SECTIONS if s in sections)}"
+    )
     out = None
     for name in sections:
         measured[name] = parts[name]()
-        out = results.write("kernels", where, quick, measured, draw_kernels, folder)
+        out = results.write(subject, where, quick, measured, draw_kernels, folder)
     assert out is not None
     say(f"written to {out.name} and {out.with_suffix('.png').name}")
     return out

@@ -1,16 +1,16 @@
 """Kernels of other projects at the sizes of `kernel_sizes`, where they can be imported; called as their authors call them.
 
-Their results are timed and not checked: random inputs in the ranges their models feed them. Each tunes itself over its
-authors' own grid before it is timed, on samples of 20 ms. One that cannot be built or run here, or not in time, is left out,
-and the results say why.
+Their results are timed and not checked: random inputs in the ranges their models feed them. Each tunes itself before it is
+timed: `kernel_jobs.tune` shares its authors' grid of configurations among processes, and the winners meet again here. One
+that cannot be built or run, or not in time, is left out, and the results say why.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ def official_mimo(b: int, t: int) -> Built:
     from mamba_ssm.ops.tilelang.mamba3.mamba3_mimo import mamba3_mimo  # type: ignore[import-not-found]
 
     C, B, x, z = (_normal(b, t, *s) for s in ((4, 1, STATE), (4, 1, STATE), (HEADS, HEADDIM), (HEADS, HEADDIM)))
-    dt, lam = 0.1 * _uniform(b, HEADS, t), _normal(b, HEADS, t, dtype=torch.float32)
+    dt, lam = 0.1 * _uniform(b, HEADS, t), _normal(b, HEADS, t)
     bias = [1 + 0.3 * _uniform(HEADS, 4, STATE) for _ in range(2)]
     mimo = [0.25 + 0.3 * _uniform(HEADS, 4, HEADDIM) for _ in range(3)]
     angles, D = _normal(b, t, HEADS, PAIRS, dtype=torch.float32), _uniform(HEADS)
@@ -104,8 +104,8 @@ class Rival(NamedTuple):
 
 RIVALS = (
     Rival("SDPA, 32 heads of 64", sdpa, 1, 16384, 0),
-    Rival("Mamba-2", mamba2, 1, 131072, 2),
-    Rival("gated delta rule", gated_delta_rule, 1, 131072, 2),
+    Rival("Mamba-2", mamba2, 1, 131072, 4),
+    Rival("gated delta rule", gated_delta_rule, 1, 131072, 4),
     Rival("official SISO", official_siso, 1, 131072, 8),
     Rival("official MIMO", official_mimo, 4, 16384, -1),
 )
@@ -130,18 +130,43 @@ def failures() -> tuple[type[Exception], ...]:
     return (*known, TimeoutError, TritonError)
 
 
-def shorten_tuning(part: int = 0, parts: int = 1) -> None:
-    """Autotuners that exist measure for 20 ms instead of 100, and try every `parts`-th of their configurations."""
-    from triton.runtime.autotuner import Autotuner
+Finalists = Mapping[str, Collection[str]]  # configurations that won a part of the grid, by the kernel's name
+
+
+def shorten_tuning(part: int = 0, parts: int = 1, finalists: Finalists | None = None) -> None:
+    """Autotuners that exist measure for 20 ms instead of 100, and try every `parts`-th of their configurations, or the
+    finalists where there are any."""
     from triton.testing import do_bench
 
-    for tuner in [v for v in gc.get_objects() if isinstance(v, Autotuner)]:
+    for tuner in _autotuners():
         tuner._do_bench = functools.partial(do_bench, warmup=5, rep=20)  # Autotuner has no public way to say so later
-        tuner.configs = tuner.configs[part::parts] or tuner.configs[:1]
+        chosen = [c for c in tuner.configs if str(c) in (finalists or {}).get(_name(tuner), ())]
+        tuner.configs = chosen or tuner.configs[part::parts] or tuner.configs[:1]
 
 
-def rivals(rank: int, b: int, t: int, backward: bool, limit_s: float) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """Those that run here, warm, and why the others do not."""
+def winners() -> dict[str, list[str]]:
+    """What each autotuner that has run found best."""
+    found: dict[str, list[str]] = {}
+    for tuner in _autotuners():
+        if tuner.cache:
+            found.setdefault(_name(tuner), []).extend(str(c) for c in tuner.cache.values())
+    return found
+
+
+def _autotuners() -> list[Any]:
+    from triton.runtime.autotuner import Autotuner
+
+    return [v for v in gc.get_objects() if isinstance(v, Autotuner)]
+
+
+def _name(tuner: Any) -> str:
+    return f"{tuner.base_fn.__module__}.{tuner.base_fn.__name__}"
+
+
+def rivals(
+    rank: int, b: int, t: int, backward: bool, limit_s: float, finalists: Finalists | None = None
+) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Those that run here, warm, and why the others do not. limit_s: seconds each may take to be ready."""
     runs, left_out = {}, {}
     for rival in RIVALS:
         if rival.rank != rank:
@@ -151,7 +176,7 @@ def rivals(rank: int, b: int, t: int, backward: bool, limit_s: float) -> tuple[d
             continue
         try:
             built = rival.build(b, t)
-            shorten_tuning()
+            shorten_tuning(finalists=finalists)
             with time_limit(limit_s):
                 contestant = passes(*built, backward)
                 contestant.run()

@@ -66,7 +66,8 @@ class Decoder:
             part = slice(first, first + rows)
             logits, state = self.model.prefill(ids[part], last_only=True)
             for mine, theirs in zip(self.state.layers, state.layers, strict=True):
-                for kept, new in zip(mine[:4], theirs[:4], strict=True):  # pyright: ignore[reportIndexIssue]
+                assert isinstance(mine, State) and isinstance(theirs, State)
+                for kept, new in zip(mine[:4], theirs[:4], strict=True):
                     kept[part].copy_(new)
             self.token[part].copy_(self._choose(logits[:, -1]))
 

@@ -72,12 +72,12 @@ class Block(nn.Module):
         """`run` of the residual stream h + y, with the last sum left to do: the next block's norm does it in its own pass."""
         dtype = self.mixer.in_proj.weight.dtype
         u, h = self.norm.after(h, y, dtype)
-        y, extra = mix(u)
+        mixed, extra = mix(u)
         h = h[:, -1:] if last_only else h
         if self.mlp is not None and self.norm2 is not None:
-            u, h = self.norm2.after(h, y, dtype)
-            y = self.mlp(u)
-        return h, y, extra
+            u, h = self.norm2.after(h, mixed, dtype)
+            mixed = self.mlp(u)
+        return h, mixed, extra
 
 
 class Mamba3LM(nn.Module):
@@ -162,9 +162,9 @@ class Mamba3LM(nn.Module):
             else:
                 h, y, layer = block.through(h, y, lambda u, m=block.mixer, s=layer: m.prefill(u, s, boundaries))
             layers.append(layer)
-        if last_only and boundaries is not None:
+        if last_only and boundaries is not None and y is not None:
             ends = [b - 1 for b in boundaries[1:]]
-            h, y = (v[0, ends].unsqueeze(1) for v in (h, y))
+            h, y = h[0, ends].unsqueeze(1), y[0, ends].unsqueeze(1)
         after = LMState(layers, self._tokens_read(input_ids, boundaries, state), self._name(state))
         return self.head(self.norm_f.after(h, y, self.embedding.weight.dtype)[0]), after
 

@@ -49,7 +49,7 @@ def test_errors_of_parameters_count_together_and_nan_is_red():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
 def test_a_job_that_fails_says_how_and_the_others_are_done():
     jobs = {
-        "fails": kernel_jobs.Job("check", {"dtype": "float32", "backward": False, "case": [1, 1, 4, 1, 8, 8, 2]}),
+        "fails": kernel_jobs.Job("check", {"dtype": "float32", "backward": False, "cases": [[1, 1, 4, 1, 8, 8, 2]]}),
         "late": kernel_jobs.Job("no such kind", {}),
     }
     told = []
@@ -61,18 +61,24 @@ def test_a_job_that_fails_says_how_and_the_others_are_done():
 
 
 def test_every_shape_and_dtype_has_its_jobs():
-    jobs = kernels._jobs(["a", "b", "c", "d"], with_rivals=True, quick=False)
+    jobs = kernels._jobs(["a", "b", "c", "d"], backward=True, with_rivals=True, quick=False)
     kinds = [job.kind for job in jobs.values()]
     assert kinds.count("cold") == 2 * len(SHAPES) == len({job.cache for job in jobs.values() if job.kind == "cold"})
-    assert kinds.count("check") == sum(
-        len(cases) for by_pass in kernel_checks.CASES.values() for cases in by_pass.values()
-    )
+    assert kinds.count("check") == 2 * len(kernel_checks.CASES)
     assert (
         kinds.count("tune") == sum(r.parts for r in RIVALS if r.parts > 0) + 3
     )  # the last: shapes of the official MIMO
-    assert "tune" not in {
-        job.kind for job in kernels._jobs(["a", "b", "c", "d"], with_rivals=False, quick=True).values()
+    few = kernels._jobs(["a", "b"], backward=False, with_rivals=False, quick=True).values()
+    assert {job.kind for job in few} == {"cold", "check"} and not any(job.settings["backward"] for job in few)
+
+
+def test_winners_of_the_parts_of_a_grid_meet_again():
+    compiled = {
+        "1": {"winners": {"k": ["a"], "l": ["c"]}},
+        "2": {"winners": {"k": ["b", "a"]}},
+        "3": {"failed": "late"},
     }
+    assert kernels._finalists(compiled) == {"k": {"a", "b"}, "l": {"c"}}
 
 
 def test_the_plots_have_a_panel_a_shape(tmp_path):
