@@ -26,6 +26,7 @@ from mamba3.lm.state import LMState
 from mamba3.ops import State
 
 SLICE = 2**17
+STEPS = 32  # of which the time of one is the mean
 # A step and a prefill of the same token in bfloat16: roundings of 24 layers apart.
 AGREE = 0.05
 Say = Callable[[str], None]
@@ -115,7 +116,7 @@ def measure(model: Mamba3LM, decoder: Decoder, tokens: int, repeats: int, top: d
     decoder.read(ids)
     prefill = [_seconds(lambda: decoder.read(ids)) for _ in range(repeats + 1)]
     total = [_seconds(both) for _ in range(repeats)]
-    step = [_seconds(lambda: decoder.decode(64)) / 64 for _ in range(3)]
+    step = [_seconds(lambda: decoder.decode(STEPS)) / STEPS for _ in range(3)]
     return {
         "tokens": tokens, "slices": -(-decoder.batch // max(1, SLICE // tokens)),
         **{name: {"median": statistics.median(v), "min": min(v), "max": max(v)}
@@ -154,23 +155,19 @@ def run(
     torch.manual_seed(0)
     where, top, rows, out = environment.describe("cuda"), ceilings(), [], None
     say(f"{where['device']}, commit {where['commit']}, ceilings {top}")
-    for name in models:
-        model = Mamba3LM(preset(name), device="cuda", dtype=torch.bfloat16).requires_grad_(False)
-        apart = check(model)
+    built = {name: Mamba3LM(preset(name), device="cuda", dtype=torch.bfloat16).requires_grad_(False) for name in models}
+    apart = {name: check(model) for name, model in built.items()}
+    for count in tokens:
         for kept in states:
-            decoder = Decoder(model, batch, getattr(torch, kept))
-            for count in tokens:
-                row = {"model": name, "batch": batch, "state": kept, "step_from_prefill": apart}
-                row |= measure(model, decoder, count, repeats, top)
+            for name, model in built.items():
+                row = {"model": name, "batch": batch, "state": kept, "step_from_prefill": apart[name]}
+                row |= measure(model, Decoder(model, batch, getattr(torch, kept)), count, repeats, top)
                 rows.append(row)
                 say(f"{name}, {kept} state, {count} tokens: prefill {row['prefill_s']['median']:.3f} s, with decoding "
                     f"{row['total_s']['median']:.3f} s, step {1e3 * row['step_s']['median']:.3f} ms, floors "
                     f"{row['floors']['prefill_s']:.3f} s and {1e3 * row['floors']['step_s']:.3f} ms, "
                     f"{row['peak_GiB']:.1f} GiB")  # fmt: skip
                 out = results.write("model", where, False, {"ceilings": top, "models": rows}, draw_model, folder)
-            del decoder
-            torch.cuda.empty_cache()
-        del model
-        torch.cuda.empty_cache()
+                torch.cuda.empty_cache()
     assert out is not None
     return out

@@ -15,7 +15,7 @@ from tests.ops.cases import Sizes, distance, inputs, random_state, state_distanc
 
 pytest.importorskip("triton")
 from mamba3.ops.triton import forward
-from mamba3.ops.triton.launch import Launch, device_limits
+from mamba3.ops.triton.launch import Launch, device_limits, power_of_2
 
 ON_GPU = torch.cuda.is_available()
 # The interpreter computes in masked lanes too, where 0 * inf is nobody's business.
@@ -240,6 +240,35 @@ def test_an_infinity_stays_in_its_sequence(cut):
             values[name][:, cut:] = float("inf")
         ours = ops.scan(**values, cu_seqlens=boundaries, impl="triton").y[:, :cut]
     assert torch.equal(ours, expected)
+
+
+def test_rows_of_coefficients_are_those_of_a_length_that_kernels_are_compiled_for():
+    values = place(inputs(Sizes(b=1, t=19, a=2), dtype=torch.float32))
+    inp = arguments(values)[0]
+    sizes = forward.Sizes(2, 1, 1, 5, 8, 2)
+    table = forward.tables((0, 19), 16, 4, torch.device(DEVICE))
+    padded, _ = forward.coefficients(inp, sizes, table, 16, None)
+    exact, _ = forward.coefficients(inp, sizes, table, 16, None, backward=True)
+    assert padded.decay.shape == (2, 32) and exact.decay.shape == (2, 19)
+    assert torch.equal(padded.decay[:, :19], exact.decay)
+    assert [power_of_2(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_new_length_compiles_nothing(rank, monkeypatch):
+    from triton import knobs
+
+    def run(t):
+        with torch.no_grad():
+            ops.scan(**place(inputs(Sizes(b=1, t=t, p=64, n=128, a=32, r=rank), dtype=torch.bfloat16)), impl="triton")
+
+    run(130)
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **what: compiled.append(what["fn"].name))
+    for t in (131, 1, 50, 4097):
+        run(t)
+    assert not compiled
 
 
 @pytest.mark.gpu

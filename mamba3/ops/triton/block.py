@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba3.ops.triton.decode_token import EPS, PI, decay_rate, sigmoid, softplus, tanh
+from mamba3.ops.triton.launch import power_of_2
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def add_norm(h: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: tor
     h = h.contiguous()
     n = h.shape[-1]
     u, total = torch.empty(h.shape, device=h.device, dtype=dtype), h if y is None else torch.empty_like(h)
-    BLOCK = triton.next_power_of_2(n)
+    BLOCK = power_of_2(n)
     add_norm_kernel[(h.numel() // n,)](
         h, None if y is None else y.contiguous(), weight, u, total, eps, N=n, BLOCK=BLOCK, HAS_Y=y is not None,
         num_warps=min(8, max(1, BLOCK // 512)),
@@ -100,7 +101,7 @@ def swiglu(v: Tensor) -> Tensor:
     v = v.contiguous()
     n = v.shape[-1] // 2
     out = torch.empty(*v.shape[:-1], n, device=v.device, dtype=v.dtype)
-    BLOCK = min(2048, triton.next_power_of_2(n))
+    BLOCK = min(2048, power_of_2(n))
     swiglu_kernel[(out.numel() // n, triton.cdiv(n, BLOCK))](v, out, N=n, BLOCK=BLOCK, num_warps=4)
     return out
 
@@ -119,8 +120,8 @@ def activations(
     vectors = [torch.empty(b, t, r, g, n, device=B.device, dtype=B.dtype) for _ in range(2)]
     activations_kernel[(b * t,)](
         B, C, dt, A, lam, theta, dt_bias, B_weight, C_weight, *vectors, *out, B.stride(1), dt.stride(1), H=h,
-        HP=triton.next_power_of_2(h), A=a, AP=triton.next_power_of_2(max(1, a)), N=n, NP=triton.next_power_of_2(n),
-        M=r * g, MP=triton.next_power_of_2(r * g), A_FLOOR=A_floor, HEAVY_TAIL=decay == "heavy_tail",
+        HP=power_of_2(h), A=a, AP=power_of_2(max(1, a)), N=n, NP=power_of_2(n),
+        M=r * g, MP=power_of_2(r * g), A_FLOOR=A_floor, HEAVY_TAIL=decay == "heavy_tail",
         LAM=-1.0 if fixed_lam is None else fixed_lam, num_warps=1 if r * g * n <= 256 else 2,
     )  # fmt: skip
     return *out, *vectors

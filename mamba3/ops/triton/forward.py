@@ -15,7 +15,7 @@ from mamba3.ops.gate import apply_gate
 from mamba3.ops.triton.assembler import sound_assembler
 from mamba3.ops.triton.coefficients import coefficients_kernel, phases_kernel
 from mamba3.ops.triton.last_token import last_token_kernel
-from mamba3.ops.triton.launch import Device, Launch, choose, device_limits, padded, piece, segment_programs
+from mamba3.ops.triton.launch import Device, Launch, choose, device_limits, padded, piece, power_of_2, segment_programs
 from mamba3.ops.triton.output import output_kernel
 from mamba3.ops.triton.segments import merge_kernel, summary_kernel
 from mamba3.ops.triton.tables import Tables, tables
@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
 
     @property
     def RP(self) -> int:
-        return triton.next_power_of_2(self.R)
+        return power_of_2(self.R)
 
     @property
     def W(self) -> int:
@@ -157,11 +157,11 @@ def angles(inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | N
     turn = torch.empty(H, T, A, device=device, dtype=torch.int32 if exact else torch.int16)
     phase = torch.empty(chunks, H, A, device=device, dtype=torch.int32)
     if A:
-        HB, BLOCK = min(8, triton.next_power_of_2(H)), 32
+        HB, BLOCK = min(8, power_of_2(H)), 32
         tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
         turns_kernel[(chunks, triton.cdiv(H, HB))](
             inp.theta.contiguous(), tick, table.chunks, turn, phase, T,
-            H=H, A=A, AP=triton.next_power_of_2(A), L=chunk, LB=8, HB=HB, EXACT=exact, num_warps=1,
+            H=H, A=A, AP=power_of_2(A), L=chunk, LB=8, HB=HB, EXACT=exact, num_warps=1,
         )  # fmt: skip
         phases_kernel[(sequences, triton.cdiv(H * A, BLOCK))](
             phase, phi, table.sequences, phi_out, HA=H * A, CB=64, BLOCK=BLOCK, HAS_PHI=phi is not None, num_warps=4
@@ -182,7 +182,7 @@ def coefficients(
         torch.empty(table.chunks.shape[0], H, A, device=inp.x.device, dtype=torch.int32),
     )  # fmt: skip
     tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
-    HB = min(16, triton.next_power_of_2(H))
+    HB = min(16, power_of_2(H))
     coefficients_kernel[(table.chunks.shape[0], triton.cdiv(H, HB))](
         inp.dt.contiguous(), inp.A.contiguous(), inp.lam.contiguous(), tick, inp.theta.contiguous(), table.chunks,
         c.decay, c.decay_low, c.source, c.source_low, c.weight, c.gamma, c.tick, c.phase, T,
@@ -220,11 +220,11 @@ def entering_states(
             v["turn"], phase, table.segments, S, total, c.decay.shape[1], v["x_row"], **options,
         )  # fmt: skip
     given = State(*(_flat(v) for v in state)) if state is not None else State(S, S, S, S)
-    PB = min(16, triton.next_power_of_2(P))
+    PB = min(16, power_of_2(P))
     merge_kernel[(H, table.sequences.shape[0], triton.cdiv(P, PB))](
         S, total, given.S, given.x_prev, given.B_prev, _parameter(inp.mimo_x), inp.dt.contiguous(),
         inp.lam.contiguous(), table.sequences, table.sequence_segments,
-        H=H, R=sizes.R, P=P, PB=PB, N=N, NP=triton.next_power_of_2(N), HAS_STATE=state is not None,
+        H=H, R=sizes.R, P=P, PB=PB, N=N, NP=power_of_2(N), HAS_STATE=state is not None,
         HAS_MIMO_X=inp.mimo_x is not None, num_warps=4,
     )  # fmt: skip
     return S
