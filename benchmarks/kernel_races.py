@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.checks import distance
 from benchmarks.cuda import Contestant, graphed, race
 from benchmarks.kernel_sizes import D_MODEL, HEADDIM, STATE, floors, inputs
-from benchmarks.rivals import Finalists, passes, rivals
+from benchmarks.rivals import Prepared, passes, rivals
 from mamba3 import ops
 from mamba3.nn.mixer import Mamba3
 from mamba3.ops.types import State
@@ -30,13 +30,13 @@ def _scan(values: dict[str, Any], impl: Any) -> Callable[..., Tensor]:
 
 class Settings(NamedTuple):
     """What is raced: shapes by rank and batches of a step; rounds; seconds a rival may take to be ready, None for no rivals;
-    what won their tuning; whether the PyTorch path is timed too; the measured `ceilings`."""
+    what came of compiling them ahead; whether the PyTorch path is timed too; the measured `ceilings`."""
 
     shapes: Mapping[int, Sequence[tuple[int, int]]]
     batches: Sequence[int]
     rounds: int
     limit_s: float | None
-    finalists: Finalists
+    prepared: Prepared
     chunked: bool
     top: dict[str, float]
 
@@ -53,7 +53,7 @@ def scans(backward: bool, settings: Settings, say: Say) -> list[dict[str, Any]]:
                 _require_agreement(values)
             others, left_out = {}, {}
             if settings.limit_s is not None:
-                others, left_out = rivals(r, b, t, backward, settings.limit_s, settings.finalists)
+                others, left_out = rivals(r, b, t, backward, settings.limit_s, settings.prepared)
             times, without = race(contestants | others, OURS, settings.rounds)
             floor = floors(b, t, r, backward, settings.top)
             row = {"rank": r, "batch": b, "tokens": t, "times": times, "left_out": left_out | without, "floors": floor}

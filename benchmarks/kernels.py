@@ -23,6 +23,7 @@ from benchmarks.kernel_jobs import Job, Outcome, cold_caches, run_all
 from benchmarks.kernel_races import Settings
 from benchmarks.kernel_sizes import DECODE, SHAPES
 from benchmarks.plots import draw_kernels
+from benchmarks.rivals import RIVALS, Prepared
 
 SECTIONS = ("forward", "backward", "decode", "profile")
 # Where rivals are compiled ahead: what they tune does not depend on batch and length, but for the official MIMO.
@@ -36,14 +37,12 @@ def say(text: str) -> None:
 
 def _jobs(caches: list[str], backward: bool, with_rivals: bool, quick: bool) -> dict[str, Job]:
     """Everything that compiles, the longest first; `backward`: that pass too; `quick`: one check of each kind."""
-    from benchmarks.rivals import RIVALS
-
     jobs, passes = {}, (True, False) if backward else (False,)
     for i, (rank, backward) in enumerate((r, w) for r in SHAPES for w in passes):
         name = f"cold R={rank} {'forward + backward' if backward else 'forward'}"
         jobs[name] = Job("cold", {"rank": rank, "backward": backward}, caches[i])
     if with_rivals:
-        for rival in RIVALS:
+        for rival in sorted(RIVALS, key=lambda rival: rival.parts):
             shapes = [TUNED_AT]
             if rival.parts < 0 and not quick:
                 shapes = [s for s in SHAPES[rival.rank] if s[1] <= rival.longest]
@@ -67,8 +66,8 @@ def _jobs(caches: list[str], backward: bool, with_rivals: bool, quick: bool) -> 
     return jobs
 
 
-def _prepare(limit_s: float, backward: bool, with_rivals: bool, quick: bool) -> dict[str, Any]:
-    """Checks and cold starts. ValueError where a check is red or could not be made."""
+def _prepare(limit_s: float, backward: bool, with_rivals: bool, quick: bool) -> tuple[dict[str, Any], Prepared]:
+    """Checks, cold starts, and rivals compiled. ValueError where a check is red or could not be made."""
     with cold_caches(2 * len(SHAPES)) as caches:
         jobs = _jobs(caches, backward, with_rivals, quick)
         outcomes = run_all(jobs, limit_s, os.cpu_count() or 1, say)
@@ -85,11 +84,12 @@ def _prepare(limit_s: float, backward: bool, with_rivals: bool, quick: bool) -> 
     cold = {name: o.result or {"failed": o.why} for name, o in of("cold").items()}
     for name, row in cold.items():
         say(f"{name}: {row}")
-    return {
+    done = {
         "checks": checks,
         "cold": cold,
         "compiled_ahead": {name: o.result or {"failed": o.why} for name, o in of("tune").items()},
     }
+    return done, _prepared(jobs, outcomes)
 
 
 def _keep_compiled(caches: list[str]) -> None:
@@ -100,13 +100,25 @@ def _keep_compiled(caches: list[str]) -> None:
         shutil.copytree(folder, knobs.cache.dir, dirs_exist_ok=True)
 
 
-def _finalists(compiled: dict[str, Any]) -> dict[str, set[str]]:
-    """The configurations that won a part of their grid, by kernel."""
-    found: dict[str, set[str]] = {}
-    for done in compiled.values():
-        for kernel, configs in done.get("winners", {}).items():
-            found.setdefault(kernel, set()).update(configs)
-    return found
+def _prepared(jobs: dict[str, Job], outcomes: dict[str, Outcome]) -> Prepared:
+    """What the processes that compiled rivals found. One is unready where none of its processes was done."""
+    finalists: dict[str, set[str]] = {}
+    failed: dict[tuple[str, int, int], str] = {}
+    ready: set[tuple[str, int, int]] = set()
+    for name, job in jobs.items():
+        if job.kind != "tune":
+            continue
+        rival = next(r for r in RIVALS if r.name == job.settings["name"])
+        shapes = [(job.settings["b"], job.settings["t"])] if rival.parts < 0 else SHAPES[rival.rank]
+        outcome = outcomes[name]
+        for kernel, configs in (outcome.result or {}).get("winners", {}).items():
+            finalists.setdefault(kernel, set()).update(configs)
+        for b, t in shapes:
+            if outcome.why is None:
+                ready.add((rival.name, b, t))
+            else:
+                failed[(rival.name, b, t)] = f"compiling ahead {outcome.why}"
+    return Prepared(finalists, {key: why for key, why in failed.items() if key not in ready})
 
 
 def run(
@@ -134,13 +146,13 @@ def run(
     torch.manual_seed(0)
     where = environment.describe("cuda")
     say(f"{where['device']}, commit {where['commit']}")
-    measured = _prepare(limit_s, "backward" in sections, with_rivals, quick)
+    measured, prepared = _prepare(limit_s, "backward" in sections, with_rivals, quick)
     top = measured["ceilings"] = ceilings()
     say(f"ceilings: {top}")
     settings = Settings(
         shapes={r: shapes[:1] if quick else shapes for r, shapes in SHAPES.items()},
         batches=DECODE[:1] if quick else DECODE, rounds=3 if quick else ROUNDS,
-        limit_s=limit_s if with_rivals else None, finalists=_finalists(measured["compiled_ahead"]), chunked=chunked, top=top,
+        limit_s=limit_s if with_rivals else None, prepared=prepared, chunked=chunked, top=top,
     )  # fmt: skip
     parts = {
         "forward": lambda: kernel_races.scans(False, settings, say),

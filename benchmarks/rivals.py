@@ -130,17 +130,22 @@ def failures() -> tuple[type[Exception], ...]:
     return (*known, TimeoutError, TritonError)
 
 
-Finalists = Mapping[str, Collection[str]]  # configurations that won a part of the grid, by the kernel's name
+class Prepared(NamedTuple):
+    """What came of compiling rivals ahead: the configurations that won a part of their grid, by kernel, and why a rival, or
+    one at a shape, is not ready."""
+
+    finalists: Mapping[str, Collection[str]] = {}
+    unready: Mapping[tuple[str, int, int], str] = {}
 
 
-def shorten_tuning(part: int = 0, parts: int = 1, finalists: Finalists | None = None) -> None:
+def shorten_tuning(part: int = 0, parts: int = 1, finalists: Mapping[str, Collection[str]] = {}) -> None:
     """Autotuners that exist measure for 20 ms instead of 100, and try every `parts`-th of their configurations, or the
     finalists where there are any."""
     from triton.testing import do_bench
 
     for tuner in _autotuners():
         tuner._do_bench = functools.partial(do_bench, warmup=5, rep=20)  # Autotuner has no public way to say so later
-        chosen = [c for c in tuner.configs if str(c) in (finalists or {}).get(_name(tuner), ())]
+        chosen = [c for c in tuner.configs if str(c) in finalists.get(_name(tuner), ())]
         tuner.configs = chosen or tuner.configs[part::parts] or tuner.configs[:1]
 
 
@@ -164,7 +169,7 @@ def _name(tuner: Any) -> str:
 
 
 def rivals(
-    rank: int, b: int, t: int, backward: bool, limit_s: float, finalists: Finalists | None = None
+    rank: int, b: int, t: int, backward: bool, limit_s: float, prepared: Prepared
 ) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Those that run here, warm, and why the others do not. limit_s: seconds each may take to be ready."""
     runs, left_out = {}, {}
@@ -174,9 +179,12 @@ def rivals(
         if t > rival.longest:
             left_out[rival.name] = f"asked for {rival.longest} tokens at most"
             continue
+        if why := prepared.unready.get((rival.name, b, t)):
+            left_out[rival.name] = why
+            continue
         try:
             built = rival.build(b, t)
-            shorten_tuning(finalists=finalists)
+            shorten_tuning(finalists=prepared.finalists)
             with time_limit(limit_s):
                 contestant = passes(*built, backward)
                 contestant.run()

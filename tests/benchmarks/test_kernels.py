@@ -3,13 +3,12 @@
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from benchmarks import kernel_checks, kernel_jobs, kernels
 from benchmarks.cuda import spread
 from benchmarks.kernel_sizes import SHAPES, floors, moved_bytes, products_flops
 from benchmarks.plots import draw_kernels, draw_model
-
-pytest.importorskip("triton")
-from benchmarks.rivals import RIVALS, passes, rivals
+from benchmarks.rivals import RIVALS, Prepared, passes, rivals
 
 
 def test_the_floors_are_those_of_the_layer():
@@ -25,7 +24,7 @@ def test_the_floors_are_those_of_the_layer():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
 @pytest.mark.parametrize("rank", [1, 4])
 def test_rivals_that_cannot_run_are_left_out_and_say_why(rank):
-    runs, left_out = rivals(rank, 1, 64, True, 60.0)
+    runs, left_out = rivals(rank, 1, 64, True, 60.0, Prepared())
     assert not runs
     assert set(left_out) == {rival.name for rival in RIVALS if rival.rank == rank}
     assert all(left_out.values())
@@ -73,12 +72,19 @@ def test_every_shape_and_dtype_has_its_jobs():
 
 
 def test_winners_of_the_parts_of_a_grid_meet_again():
-    compiled = {
-        "1": {"winners": {"k": ["a"], "l": ["c"]}},
-        "2": {"winners": {"k": ["b", "a"]}},
-        "3": {"failed": "late"},
+    def job(name, b, part):
+        return kernel_jobs.Job("tune", {"name": name, "b": b, "t": 2048, "part": part, "parts": 3, "backward": True})
+
+    jobs = {str(part): job("Mamba-2", 8, part) for part in range(3)} | {"8": job("official MIMO", 8, 0)}
+    outcomes = {
+        "0": kernel_jobs.Outcome({"winners": {"k": ["a"], "l": ["c"]}}, None),
+        "1": kernel_jobs.Outcome({"winners": {"k": ["b", "a"]}}, None),
+        "2": kernel_jobs.Outcome(None, "late"),
+        "8": kernel_jobs.Outcome(None, "late"),
     }
-    assert kernels._finalists(compiled) == {"k": {"a", "b"}, "l": {"c"}}
+    prepared = kernels._prepared(jobs, outcomes)
+    assert prepared.finalists == {"k": {"a", "b"}, "l": {"c"}}
+    assert set(prepared.unready) == {("official MIMO", 8, 2048)}
 
 
 def test_the_plots_have_a_panel_a_shape(tmp_path):
