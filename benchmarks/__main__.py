@@ -51,7 +51,7 @@ def kernels(
     quick: Quick = False,
     chunked: Annotated[bool, typer.Option(help="Time the PyTorch path too.")] = True,
     rivals: Annotated[bool, typer.Option(help="Time other projects' kernels, where they can be imported.")] = True,
-    limit: Annotated[float, typer.Option(help="Seconds that a check, or a rival's compilation, may take.")] = 150.0,
+    limit: Annotated[float, typer.Option(help="Seconds that checks and compilation may take, together.")] = 150.0,
 ) -> None:
     """The Triton kernels on this GPU, forward, backward and decode, beside every other project's that can be imported."""
     sections = tuple(section or kernels_subject.SECTIONS)

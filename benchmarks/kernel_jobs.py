@@ -38,17 +38,22 @@ class Outcome(NamedTuple):
 
 
 def run_all(jobs: Mapping[str, Job], limit_s: float, workers: int, tell: Callable[[str], None]) -> dict[str, Outcome]:
-    """Every job in a process of its own, `workers` at a time; one that takes longer than `limit_s` is ended."""
+    """Every job in a process of its own, `workers` at a time, in `limit_s` seconds for all together: what is then not done is
+    ended, and what has not begun is not begun."""
     outcomes: dict[str, Outcome] = {}
+    deadline = time.monotonic() + limit_s
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        running = {pool.submit(_run, job, limit_s): name for name, job in jobs.items()}
+        running = {pool.submit(_run, job, deadline): name for name, job in jobs.items()}
         for done in concurrent.futures.as_completed(running):
             name, outcomes[running[done]] = running[done], done.result()
             tell(f"{name}: {outcomes[name].why or 'done'}")
     return outcomes
 
 
-def _run(job: Job, limit_s: float) -> Outcome:
+def _run(job: Job, deadline: float) -> Outcome:
+    limit_s = deadline - time.monotonic()
+    if limit_s <= 0:
+        return Outcome(None, "not begun in the time for all")
     command = [sys.executable, "-m", "benchmarks.kernel_jobs", job.kind, json.dumps(job.settings)]
     cache = {} if job.cache is None else {"TRITON_CACHE_DIR": job.cache}
     try:
@@ -56,7 +61,7 @@ def _run(job: Job, limit_s: float) -> Outcome:
             command, env=os.environ | cache, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False
         )
     except subprocess.TimeoutExpired:
-        return Outcome(None, f"not done after {limit_s:.0f} s")
+        return Outcome(None, f"not done after its {limit_s:.0f} s")
     if done.returncode:
         return Outcome(None, f"ended with {done.returncode}: {done.stderr.strip()[-600:]}")
     return Outcome(json.loads(done.stdout.splitlines()[-1]), None)
@@ -100,9 +105,9 @@ def cold(rank: int, backward: bool) -> dict[str, float]:
     return dict(zip(("first_s", "odd_length_s", "longer_s"), seconds, strict=True))
 
 
-def tune(name: str, b: int, t: int, part: int, parts: int, backward: bool) -> dict[str, Any]:
+def tune(name: str, b: int, t: int, part: int, parts: int, passes: list[bool]) -> dict[str, Any]:
     """Compiles a rival for one part of its configurations and finds the best of them; what was compiled stays in the user's
-    cache. backward: that pass too."""
+    cache. passes: the forward (False), and forward and backward (True)."""
     import torch
 
     from benchmarks import rivals
@@ -110,8 +115,8 @@ def tune(name: str, b: int, t: int, part: int, parts: int, backward: bool) -> di
     rival = next(r for r in rivals.RIVALS if r.name == name)
     built, start = rival.build(b, t), time.perf_counter()
     rivals.shorten_tuning(part, parts)
-    for wanted in (False, True) if backward else (False,):
-        rivals.passes(*built, wanted).run()
+    for backward in passes:
+        rivals.passes(*built, backward).run()
         torch.cuda.synchronize()
     return {"seconds": time.perf_counter() - start, "winners": rivals.winners()}
 

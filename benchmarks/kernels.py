@@ -2,8 +2,8 @@
 
 Contestants take turns in one process (`cuda.race`). `roofline` is the larger of two floors, bytes over the copy rate and
 products over the matrix rate, both rates measured in the same run, divided by the time. `cold` is the first result on an
-empty cache of compiled kernels, four such processes at once. The file is written anew after every section, so that a run cut
-short keeps what it has.
+empty cache of compiled kernels, beside the other processes that compile. The file is written anew after every section, so
+that a run cut short keeps what it has.
 """
 
 from __future__ import annotations
@@ -38,31 +38,30 @@ def say(text: str) -> None:
 def _jobs(caches: list[str], backward: bool, with_rivals: bool, quick: bool) -> dict[str, Job]:
     """Everything that compiles, the longest first; `backward`: that pass too; `quick`: one check of each kind."""
     jobs, passes = {}, (True, False) if backward else (False,)
-    for i, (rank, backward) in enumerate((r, w) for r in SHAPES for w in passes):
-        name = f"cold R={rank} {'forward + backward' if backward else 'forward'}"
-        jobs[name] = Job("cold", {"rank": rank, "backward": backward}, caches[i])
-    if with_rivals:
-        for rival in sorted(RIVALS, key=lambda rival: rival.parts):
-            shapes = [TUNED_AT]
-            if rival.parts < 0 and not quick:
-                shapes = [s for s in SHAPES[rival.rank] if s[1] <= rival.longest]
-            parts = abs(rival.parts)
-            for b, t in shapes:
-                for part in range(parts):
-                    settings = {
-                        "name": rival.name,
-                        "b": b,
-                        "t": t,
-                        "part": part,
-                        "parts": parts,
-                        "backward": True in passes,
-                    }
-                    jobs[f"compile {rival.name} ({b}, {t}) {part + 1}/{parts}"] = Job("tune", settings)
+    titles = {True: "forward + backward", False: "forward"}
+    for i, (rank, wanted) in enumerate((r, w) for r in SHAPES for w in passes):
+        jobs[f"cold R={rank} {titles[wanted]}"] = Job("cold", {"rank": rank, "backward": wanted}, caches[i])
     for dtype, cases in CASES.items():
         for wanted in passes:
             name = "backward" if wanted else "forward"
             settings = {"dtype": dtype, "backward": wanted, "cases": cases[name][: 1 if quick else None]}
             jobs[f"check {name} {dtype}"] = Job("check", settings)
+    for rival in RIVALS if with_rivals else ():
+        shapes = SHAPES[rival.rank] if rival.parts < 0 and not quick else [TUNED_AT]
+        together = [[False, True]] if backward and rival.parts > 0 else [[wanted] for wanted in passes]
+        for b, t in (shape for shape in shapes if shape[1] <= rival.longest):
+            for which in together:
+                for part in range(abs(rival.parts)):
+                    settings = {
+                        "name": rival.name,
+                        "b": b,
+                        "t": t,
+                        "part": part,
+                        "parts": abs(rival.parts),
+                        "passes": which,
+                    }
+                    title = f"compile {rival.name} ({b}, {t}) {titles[which[-1]]} {part + 1}/{abs(rival.parts)}"
+                    jobs[title] = Job("tune", settings)
     return jobs
 
 
@@ -70,7 +69,7 @@ def _prepare(limit_s: float, backward: bool, with_rivals: bool, quick: bool) -> 
     """Checks, cold starts, and rivals compiled. ValueError where a check is red or could not be made."""
     with cold_caches(2 * len(SHAPES)) as caches:
         jobs = _jobs(caches, backward, with_rivals, quick)
-        outcomes = run_all(jobs, limit_s, os.cpu_count() or 1, say)
+        outcomes = run_all(jobs, limit_s, 3 * (os.cpu_count() or 1) // 2, say)
         _keep_compiled(caches)
 
     def of(kind: str) -> dict[str, Outcome]:
@@ -103,8 +102,8 @@ def _keep_compiled(caches: list[str]) -> None:
 def _prepared(jobs: dict[str, Job], outcomes: dict[str, Outcome]) -> Prepared:
     """What the processes that compiled rivals found. One is unready where none of its processes was done."""
     finalists: dict[str, set[str]] = {}
-    failed: dict[tuple[str, int, int], str] = {}
-    ready: set[tuple[str, int, int]] = set()
+    failed: dict[tuple[str, int, int, bool], str] = {}
+    ready: set[tuple[str, int, int, bool]] = set()
     for name, job in jobs.items():
         if job.kind != "tune":
             continue
@@ -114,10 +113,11 @@ def _prepared(jobs: dict[str, Job], outcomes: dict[str, Outcome]) -> Prepared:
         for kernel, configs in (outcome.result or {}).get("winners", {}).items():
             finalists.setdefault(kernel, set()).update(configs)
         for b, t in shapes:
+            key = (rival.name, b, t, job.settings["passes"][-1])
             if outcome.why is None:
-                ready.add((rival.name, b, t))
+                ready.add(key)
             else:
-                failed[(rival.name, b, t)] = f"compiling ahead {outcome.why}"
+                failed[key] = f"compiling ahead {outcome.why}"
     return Prepared(finalists, {key: why for key, why in failed.items() if key not in ready})
 
 
@@ -137,7 +137,7 @@ def run(
         quick: one shape, few rounds, a check of each kind: does everything run? Not to be quoted.
         chunked: time the PyTorch path too, where it is short enough.
         with_rivals: time other projects' kernels, where they can be imported.
-        limit_s: seconds that each process of checks and compilation may take, and that a rival may take to be ready.
+        limit_s: seconds that checks and compilation may take, all together, and that a rival may then take to be ready.
 
     Raises ValueError where there is no CUDA device or a check is red; then nothing is timed.
     """

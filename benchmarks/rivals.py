@@ -103,11 +103,11 @@ class Rival(NamedTuple):
 
 
 RIVALS = (
+    Rival("official MIMO", official_mimo, 4, 16384, -1),
     Rival("SDPA, 32 heads of 64", sdpa, 1, 16384, 0),
     Rival("Mamba-2", mamba2, 1, 131072, 4),
     Rival("gated delta rule", gated_delta_rule, 1, 131072, 4),
     Rival("official SISO", official_siso, 1, 131072, 8),
-    Rival("official MIMO", official_mimo, 4, 16384, -1),
 )
 
 
@@ -131,11 +131,11 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 class Prepared(NamedTuple):
-    """What came of compiling rivals ahead: the configurations that won a part of their grid, by kernel, and why a rival, or
-    one at a shape, is not ready."""
+    """What came of compiling rivals ahead: the configurations that won a part of their grid, by kernel, and why a rival is
+    not ready at a shape and pass (forward, or backward too)."""
 
     finalists: Mapping[str, Collection[str]] = {}
-    unready: Mapping[tuple[str, int, int], str] = {}
+    unready: Mapping[tuple[str, int, int, bool], str] = {}
 
 
 def shorten_tuning(part: int = 0, parts: int = 1, finalists: Mapping[str, Collection[str]] = {}) -> None:
@@ -150,11 +150,14 @@ def shorten_tuning(part: int = 0, parts: int = 1, finalists: Mapping[str, Collec
 
 
 def winners() -> dict[str, list[str]]:
-    """What each autotuner that has run found best."""
+    """What each autotuner that has run found best, and the three best of its last search: beside other processes, times are
+    uneven."""
     found: dict[str, list[str]] = {}
     for tuner in _autotuners():
         if tuner.cache:
-            found.setdefault(_name(tuner), []).extend(str(c) for c in tuner.cache.values())
+            timings = getattr(tuner, "configs_timings", None) or {}
+            best = [*tuner.cache.values(), *sorted(timings, key=timings.__getitem__)[:3]]
+            found.setdefault(_name(tuner), []).extend(str(c) for c in best)
     return found
 
 
@@ -179,7 +182,7 @@ def rivals(
         if t > rival.longest:
             left_out[rival.name] = f"asked for {rival.longest} tokens at most"
             continue
-        if why := prepared.unready.get((rival.name, b, t)):
+        if why := prepared.unready.get((rival.name, b, t, backward)):
             left_out[rival.name] = why
             continue
         try:
