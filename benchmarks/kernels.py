@@ -135,7 +135,7 @@ def run(
     Args:
         sections: which of SECTIONS.
         quick: one shape, few rounds, a check of each kind: does everything run? Not to be quoted.
-        chunked: time the PyTorch path too, where it is short enough.
+        chunked: time the PyTorch path too, at the first shape.
         with_rivals: time other projects' kernels, where they can be imported.
         limit_s: seconds that checks and compilation may take, all together, and that a rival may then take to be ready.
 
