@@ -1,6 +1,6 @@
 """What is done in processes of its own before any time is taken: checks, cold starts, and other projects' compilation.
 
-    python -m benchmarks.kernel_jobs KIND SETTINGS        prints one line of JSON
+    python -m benchmarks.kernel_jobs KIND SETTINGS        prints its result as a line of JSON, and what it has on the way
 
 Kernels compile for seconds to minutes on one core each; a process a piece of work puts all cores to use.
 """
@@ -31,7 +31,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the process printed, or why there is nothing."""
+    """The last that the process printed, and why it is not all."""
 
     result: Any
     why: str | None
@@ -60,8 +60,10 @@ def _run(job: Job, deadline: float) -> Outcome:
         done = subprocess.run(
             command, env=os.environ | cache, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False
         )
-    except subprocess.TimeoutExpired:
-        return Outcome(None, f"not done after its {limit_s:.0f} s")
+    except subprocess.TimeoutExpired as late:
+        printed = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        whole = printed[: printed.rfind("\n") + 1].splitlines()
+        return Outcome(json.loads(whole[-1]) if whole else None, f"not done after its {limit_s:.0f} s")
     if done.returncode:
         return Outcome(None, f"ended with {done.returncode}: {done.stderr.strip()[-600:]}")
     return Outcome(json.loads(done.stdout.splitlines()[-1]), None)
@@ -105,9 +107,9 @@ def cold(rank: int, backward: bool) -> dict[str, float]:
     return dict(zip(("first_s", "odd_length_s", "longer_s"), seconds, strict=True))
 
 
-def tune(name: str, b: int, t: int, part: int, parts: int, passes: list[bool]) -> dict[str, Any]:
+def tune(name: str, b: int, t: int, part: int, parts: int, passes: list[bool]) -> Iterator[dict[str, Any]]:
     """Compiles a rival for one part of its configurations and finds the best of them; what was compiled stays in the user's
-    cache. passes: the forward (False), and forward and backward (True)."""
+    cache. passes: the forward (False), and forward and backward (True); a result after each, with all before it."""
     import torch
 
     from benchmarks import rivals
@@ -115,12 +117,13 @@ def tune(name: str, b: int, t: int, part: int, parts: int, passes: list[bool]) -
     rival = next(r for r in rivals.RIVALS if r.name == name)
     built, start = rival.build(b, t), time.perf_counter()
     rivals.shorten_tuning(part, parts)
-    for backward in passes:
+    for i, backward in enumerate(passes):
         rivals.passes(*built, backward).run()
         torch.cuda.synchronize()
-    return {"seconds": time.perf_counter() - start, "winners": rivals.winners()}
+        yield {"seconds": time.perf_counter() - start, "done": passes[: i + 1], "winners": rivals.winners()}
 
 
 if __name__ == "__main__":
-    kinds = {"check": check, "cold": cold, "tune": tune}
-    print(json.dumps(kinds[sys.argv[1]](**json.loads(sys.argv[2]))))  # noqa: T201
+    kinds = {"check": lambda **s: [check(**s)], "cold": lambda **s: [cold(**s)], "tune": tune}
+    for result in kinds[sys.argv[1]](**json.loads(sys.argv[2])):
+        print(json.dumps(result), flush=True)  # noqa: T201

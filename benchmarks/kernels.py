@@ -47,10 +47,11 @@ def _jobs(caches: list[str], backward: bool, with_rivals: bool, quick: bool) -> 
             settings = {"dtype": dtype, "backward": wanted, "cases": cases[name][: 1 if quick else None]}
             jobs[f"check {name} {dtype}"] = Job("check", settings)
     for rival in RIVALS if with_rivals else ():
-        shapes = SHAPES[rival.rank] if rival.parts < 0 and not quick else [TUNED_AT]
         together = [[False, True]] if backward and rival.parts > 0 else [[wanted] for wanted in passes]
-        for b, t in (shape for shape in shapes if shape[1] <= rival.longest):
-            for which in together:
+        for which in together:
+            # What compiles anew for every shape is asked for all of them forward, and for one backward, which takes minutes.
+            every = rival.parts < 0 and not quick and not which[-1]
+            for b, t in (s for s in (SHAPES[rival.rank] if every else [TUNED_AT]) if s[1] <= rival.longest):
                 for part in range(abs(rival.parts)):
                     settings = {
                         "name": rival.name,
@@ -86,7 +87,9 @@ def _prepare(limit_s: float, backward: bool, with_rivals: bool, quick: bool) -> 
     done = {
         "checks": checks,
         "cold": cold,
-        "compiled_ahead": {name: o.result or {"failed": o.why} for name, o in of("tune").items()},
+        "compiled_ahead": {
+            name: (o.result or {}) | ({"failed": o.why} if o.why else {}) for name, o in of("tune").items()
+        },
     }
     return done, _prepared(jobs, outcomes)
 
@@ -104,21 +107,23 @@ def _prepared(jobs: dict[str, Job], outcomes: dict[str, Outcome]) -> Prepared:
     finalists: dict[str, set[str]] = {}
     failed: dict[tuple[str, int, int, bool], str] = {}
     ready: set[tuple[str, int, int, bool]] = set()
-    for name, job in jobs.items():
-        if job.kind != "tune":
-            continue
+    for name, job in ((name, job) for name, job in jobs.items() if job.kind == "tune"):
         rival = next(r for r in RIVALS if r.name == job.settings["name"])
         shapes = [(job.settings["b"], job.settings["t"])] if rival.parts < 0 else SHAPES[rival.rank]
         outcome = outcomes[name]
         for kernel, configs in (outcome.result or {}).get("winners", {}).items():
             finalists.setdefault(kernel, set()).update(configs)
         for b, t in shapes:
-            key = (rival.name, b, t, job.settings["passes"][-1])
-            if outcome.why is None:
-                ready.add(key)
-            else:
-                failed[key] = f"compiling ahead {outcome.why}"
-    return Prepared(finalists, {key: why for key, why in failed.items() if key not in ready})
+            for wanted in job.settings["passes"]:
+                if wanted in (outcome.result or {}).get("done", ()):
+                    ready.add((rival.name, b, t, wanted))
+                else:
+                    failed[(rival.name, b, t, wanted)] = f"compiling ahead {outcome.why}"
+    everything = (
+        (r.name, b, t, wanted) for r in RIVALS if r.parts for b, t in SHAPES[r.rank] for wanted in (False, True)
+    )
+    never = "not asked for: it compiles anew for every shape"
+    return Prepared(finalists, {key: failed.get(key, never) for key in everything if key not in ready})
 
 
 def run(

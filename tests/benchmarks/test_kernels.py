@@ -66,7 +66,8 @@ def test_every_shape_and_dtype_has_its_jobs():
     assert kinds.count("cold") == 2 * len(SHAPES) == len({job.cache for job in jobs.values() if job.kind == "cold"})
     assert kinds.count("check") == 2 * len(kernel_checks.CASES)
     assert (
-        kinds.count("tune") == sum(r.parts for r in RIVALS if r.parts > 0) + 2 * 3  # official MIMO: shape, pass
+        kinds.count("tune")
+        == sum(r.parts for r in RIVALS if r.parts > 0) + 4  # official MIMO: forward at three shapes, backward at one
     )  # the last: shapes of the official MIMO
     few = kernels._jobs(["a", "b"], backward=False, with_rivals=False, quick=True).values()
     assert {job.kind for job in few} == {"cold", "check"} and not any(job.settings["backward"] for job in few)
@@ -80,14 +81,16 @@ def test_winners_of_the_parts_of_a_grid_meet_again():
 
     jobs = {str(part): job("Mamba-2", 8, part) for part in range(3)} | {"8": job("official MIMO", 8, 0)}
     outcomes = {
-        "0": kernel_jobs.Outcome({"winners": {"k": ["a"], "l": ["c"]}}, None),
-        "1": kernel_jobs.Outcome({"winners": {"k": ["b", "a"]}}, None),
+        "0": kernel_jobs.Outcome({"done": [False], "winners": {"k": ["a"], "l": ["c"]}}, "late"),
+        "1": kernel_jobs.Outcome({"done": [False, True], "winners": {"k": ["b", "a"]}}, None),
         "2": kernel_jobs.Outcome(None, "late"),
         "8": kernel_jobs.Outcome(None, "late"),
     }
     prepared = kernels._prepared(jobs, outcomes)
     assert prepared.finalists == {"k": {"a", "b"}, "l": {"c"}}
-    assert set(prepared.unready) == {("official MIMO", 8, 2048, True)}
+    assert "late" in prepared.unready[("official MIMO", 8, 2048, True)]
+    assert "not asked for" in prepared.unready[("official MIMO", 1, 16384, True)]
+    assert ("Mamba-2", 32, 2048, True) not in prepared.unready and ("SDPA", 8, 2048, False) not in prepared.unready
 
 
 def test_the_plots_have_a_panel_a_shape(tmp_path):
