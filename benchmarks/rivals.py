@@ -150,14 +150,11 @@ def shorten_tuning(part: int = 0, parts: int = 1, finalists: Mapping[str, Collec
 
 
 def winners() -> dict[str, list[str]]:
-    """What each autotuner that has run found best, and the three best of its last search: beside other processes, times are
-    uneven."""
+    """What each autotuner that has run found best."""
     found: dict[str, list[str]] = {}
     for tuner in _autotuners():
         if tuner.cache:
-            timings = getattr(tuner, "configs_timings", None) or {}
-            best = [*tuner.cache.values(), *sorted(timings, key=timings.__getitem__)[:3]]
-            found.setdefault(_name(tuner), []).extend(str(c) for c in best)
+            found.setdefault(_name(tuner), []).extend(str(c) for c in tuner.cache.values())
     return found
 
 
