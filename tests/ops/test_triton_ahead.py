@@ -20,8 +20,8 @@ TARGETS = {
 FLOATS = {
     "dt", "A_rate", "lam", "tick_bth", "theta", "decay", "decay_low", "source", "source_low", "gamma", "tick", "B_bias",
     "C_bias", "mimo_x", "mimo_z", "mimo_o", "D", "S", "S_in", "S_out", "S_state", "total", "phi", "phi_in", "phi_out",
-    "dt_bias", "weight", "bias", "S_start", "turning", "h", "dD", "d_log", "d_weight", "d_gamma", "d_mimo_x", "d_mimo_z",
-    "d_mimo_o", "d_own", "d_theta", "d_tick", "d_bias", "d_tick_B", "d_tick_C", "d_halo", "d_dt", "d_A", "d_lam",
+    "dt_bias", "weight", "bias", "S_start", "turning", "h", "dD", "d_row", "d_column", "d_state", "d_gamma", "d_kept", "d_turn",
+    "d_mimo_x", "d_mimo_z", "d_mimo_o", "d_theta", "d_tick", "dB_bias", "dC_bias", "d_halo", "d_dt", "d_A", "d_lam",
     "S_final",
 }  # fmt: skip
 INTEGERS = {"chunks", "segments", "sequences", "sequence_segments", "phase", "turned"}
@@ -58,15 +58,15 @@ def compile_all(name: str) -> dict[str, int]:
         decode_ranks,
         gradient_bc,
         gradient_dt,
-        gradient_x,
+        gradient_rows,
         last_token,
         output,
         segments,
         states,
         turns,
     )
-    from mamba3.ops.triton.backward import HEADS_A_PROGRAM, WARPS
-    from mamba3.ops.triton.launch import Device, choose
+    from mamba3.ops.triton.backward import WARPS
+    from mamba3.ops.triton.launch import Device, choose, choose_backward
 
     backend, arch = name.split(":")
     target = (
@@ -116,20 +116,22 @@ def compile_all(name: str) -> dict[str, int]:
             boxes["turn"] = f"i16[{L},32]"
         used[f"output {label}"] = shared(output.output_kernel, matrix | gate, launch.num_warps, kind, boxes)
         used[f"summary {label}"] = shared(segments.summary_kernel, matrix, launch.num_warps, kind, boxes)
-        back = sizes | padded | dict(
-            HAS_BIAS_B=True, HAS_MIMO_X=mimo, EXACT=exact, HARDWARE=limits.nvidia and not exact,
-            R=rank, RP=rank, L=max(16, (32 if exact else 64) // rank), DTYPE=dtype, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo,
-            HAS_Z=True, HAS_BIAS_C=True, HAS_D=True, HAS_BIAS=True, HAS_START=True, HAS_END=True, SUMMARY=False,
-            HEADS=HEADS_A_PROGRAM,
+        chosen = choose_backward(limits, torch_type, rank)
+        back = sizes | dict(
+            HAS_BIAS_B=True, HAS_MIMO_X=mimo, EXACT=exact, HARDWARE=limits.nvidia and not exact, BULK=False, W=32, NQ=128,
+            R=rank, RP=rank, L=chosen.tokens, DTYPE=dtype, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo, HAS_Z=True, HAS_BIAS_C=True,
+            HAS_D=True, HAS_BIAS=True, HAS_START=True, HAS_END=True, SUMMARY=False,
         )  # fmt: skip
         if not exact and not copies:  # in float32 they take minutes to compile, and impl="auto" does not take them
-            used[f"gradient_x {label}"] = shared(gradient_x.gradient_x_kernel, back, WARPS, kind, narrow=("S",))
+            used[f"gradient_rows {label}"] = shared(
+                gradient_rows.gradient_rows_kernel, back, WARPS, kind, narrow=("S",)
+            )
             for reverse in (False, True):
-                flags = back | dict(REVERSE=reverse, SIDE_B=reverse)
+                flags = back | dict(REVERSE=reverse, STAGES=chosen.stages)
                 used[f"states {reverse} {label}"] = shared(states.states_kernel, flags, WARPS, kind)
-                used[f"gradient_bc {reverse} {label}"] = shared(
-                    gradient_bc.gradient_bc_kernel, flags, WARPS, kind, narrow=("S",)
-                )
+            parts = dict(AB=chosen.pairs, PARTS=32 // chosen.pairs, UB=chosen.rest, HEADS=64, LEAVING=True)
+            flags = back | parts | dict(STAGES=chosen.stages_bc)
+            used[f"gradient_bc {label}"] = shared(gradient_bc.gradient_bc_kernel, flags, chosen.warps, kind)
         step = sizes | padded | dict(
             A_FLOOR=1e-4, HEAVY_TAIL=True, LAM=-1.0, HAS_BIAS_B=True, HAS_BIAS_C=True, HAS_D=True,
         )  # fmt: skip
@@ -142,7 +144,7 @@ def compile_all(name: str) -> dict[str, int]:
     small = dict(H=64, A=32, AP=32, L=64, HB=16)
     used["coefficients"] = shared(coefficients.coefficients_kernel, small | dict(EXACT=True, BACKWARD=True), 4)
     used["phases"] = shared(coefficients.phases_kernel, dict(HA=2048, CB=64, BLOCK=32, HAS_PHI=True), 4)
-    flags = dict(H=64, L=64, HB=32, HAS_STATE=True, TURNS=True, HAS_TICK=True)
+    flags = dict(H=64, L=64, HB=32, HAS_STATE=True, TURNS=True, HAS_TICK=True, PARTS=2, EXACT=False)
     used["gradient_dt"] = shared(gradient_dt.gradient_dt_kernel, flags, 4)
     used["reverse merge"] = shared(states.reverse_merge_kernel, dict(H=64, PN=64 * 128, BLOCK=1024, HAS_FINAL=True), 4)
     merge = dict(H=64, R=4, P=64, PB=16, N=128, NP=128, HAS_STATE=True, HAS_MIMO_X=True)

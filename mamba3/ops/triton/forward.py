@@ -173,8 +173,8 @@ def coefficients(
     inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | None, *, backward: bool = False
 ) -> tuple[Coefficients, Tensor]:
     """What every chunk needs before its matrices, and the final phi [s, h, a]."""
-    tokens = inp.x.shape[0] * inp.x.shape[1]
-    T, H, A, exact = tokens if backward else row_stride(tokens), sizes.H, sizes.A, inp.x.dtype == torch.float32
+    T, H, A = row_stride(inp.x.shape[0] * inp.x.shape[1]), sizes.H, sizes.A
+    exact = inp.x.dtype == torch.float32
     like = {"device": inp.x.device, "dtype": torch.float32}
     present = (True, exact, not backward, exact and not backward, backward, True, A > 0)
     c = Coefficients(

@@ -68,6 +68,35 @@ def choose(limits: Device, dtype: torch.dtype, rank: int, bulk: bool) -> Launch:
     )
 
 
+class BackwardLaunch(NamedTuple):
+    """Tokens a chunk; stages of `states_kernel`; of `gradient_bc_kernel` the rotated pairs and the unrotated channels that a
+    program sums, its warps, stages, and a limit on registers (None: the compiler's)."""
+
+    tokens: int
+    stages: int
+    pairs: int
+    rest: int
+    warps: int
+    stages_bc: int
+    registers: int | None
+
+
+def choose_backward(limits: Device, dtype: torch.dtype, rank: int) -> BackwardLaunch:
+    """The backward pass. 64 rows (32 in float32) need 104 KB of shared memory on Hopper and 66 on devices before it; where
+    there is less, half as many.
+
+    gradient_bc, H100, (8, 2048): with 128 registers more programs share a multiprocessor, which is worth their spills (one
+    rank 0.47 ms, 0.56 with 168 registers; 0.64 at 255 and 8 warps). Four ranks want 8 warps (3.17 ms, 3.48 with 4).
+    """
+    hopper = limits.capability[0] == 9 and dtype != torch.float32
+    ahead = limits.nvidia and limits.shared_bytes >= 96 * 1024 and dtype != torch.float32
+    rows = 32 if dtype == torch.float32 or limits.shared_bytes < 96 * 1024 else 64
+    tokens, registers = max(16, rows // power_of_2(rank)), 128 if hopper else None
+    if rank == 1:
+        return BackwardLaunch(tokens, 2 if ahead else 1, 16, 64, 4, 2 if ahead else 1, registers)
+    return BackwardLaunch(tokens, 2 if ahead else 1, 32, 64, 8, 1, registers)
+
+
 def segment_programs(limits: Device, nheads: int) -> int:
     """Segments in all, so that two programs, which is what registers allow, run on each multiprocessor."""
     return max(1, 2 * limits.multiprocessors // nheads)

@@ -27,6 +27,36 @@ def product(a, b, acc):
 
 
 @triton.jit
+def pinned(v, HARDWARE: tl.constexpr):
+    """A tile, of 16 or 32 bits, which the compiler then makes once. Where it is wanted in several layouts, the compiler would
+    rather repeat all that leads to it, special functions included, than exchange it between threads."""
+    if HARDWARE:
+        PACK: tl.constexpr = 32 // v.dtype.primitive_bitwidth
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], v.dtype, is_pure=False, pack=PACK)
+    else:
+        return v
+
+
+@triton.jit
+def token_sums(b_v, WIDTH: tl.constexpr, L: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows [l r, n] in DTYPE to [r padded to at least 16, n] in float32, summed over tokens: by a product with ones, because
+    a sum across threads takes several times as many instructions."""
+    RANKS: tl.constexpr = RP if RP > 16 else 16
+    o_r, o_row = tl.arange(0, RANKS), tl.arange(0, L * RP)
+    b_ones = tl.where(o_r[:, None] == (o_row % RP)[None, :], 1.0, 0.0).to(DTYPE)
+    return product(b_ones, b_v, tl.zeros((RANKS, WIDTH), tl.float32))
+
+
+@triton.jit
+def rank_sums(b_v, WIDTH: tl.constexpr, L: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows [l r, n] in DTYPE to [l padded to at least 16, n] in float32, summed over ranks; as `token_sums`."""
+    TOKENS: tl.constexpr = L if L > 16 else 16
+    o_l, o_row = tl.arange(0, TOKENS), tl.arange(0, L * RP)
+    b_ones = tl.where(o_l[:, None] == (o_row // RP)[None, :], 1.0, 0.0).to(DTYPE)
+    return product(b_ones, b_v, tl.zeros((TOKENS, WIDTH), tl.float32))
+
+
+@triton.jit
 def load_angles(
     theta, tick, phase, i_h, i_t, end, i_c, T, H: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, L: tl.constexpr,
     BULK: tl.constexpr,
