@@ -1,6 +1,8 @@
 """What is done in processes of its own before any time is taken: checks, cold starts, and other projects' compilation.
 
-    python -m benchmarks.kernel_jobs KIND SETTINGS        prints its result as a line of JSON, and what it has on the way
+    python -m benchmarks.kernel_jobs KIND SETTINGS FILE        writes its result, and what it has on the way, to FILE as JSON
+
+What a process prints is its libraries' own affair: some log to the standard output.
 
 Kernels compile for seconds to minutes on one core each; a process a piece of work puts all cores to use.
 """
@@ -19,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mamba3.ops.state_file import replace_file
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,7 +35,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The last that the process printed, and why it is not all."""
+    """The last result that the process wrote, and why it is not all."""
 
     result: Any
     why: str | None
@@ -54,19 +58,19 @@ def _run(job: Job, deadline: float) -> Outcome:
     limit_s = deadline - time.monotonic()
     if limit_s <= 0:
         return Outcome(None, "not begun in the time for all")
-    command = [sys.executable, "-m", "benchmarks.kernel_jobs", job.kind, json.dumps(job.settings)]
-    cache = {} if job.cache is None else {"TRITON_CACHE_DIR": job.cache}
-    try:
-        done = subprocess.run(
-            command, env=os.environ | cache, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False
-        )
-    except subprocess.TimeoutExpired as late:
-        printed = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        whole = printed[: printed.rfind("\n") + 1].splitlines()
-        return Outcome(json.loads(whole[-1]) if whole else None, f"not done after its {limit_s:.0f} s")
-    if done.returncode:
-        return Outcome(None, f"ended with {done.returncode}: {done.stderr.strip()[-600:]}")
-    return Outcome(json.loads(done.stdout.splitlines()[-1]), None)
+    cache, why = {} if job.cache is None else {"TRITON_CACHE_DIR": job.cache}, None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.kernel_jobs", job.kind, json.dumps(job.settings), str(file)]
+        try:
+            done = subprocess.run(
+                command, env=os.environ | cache, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False
+            )
+            if done.returncode:
+                why = f"ended with {done.returncode}: {done.stderr.strip()[-600:]}"
+        except subprocess.TimeoutExpired:
+            why = f"not done after its {limit_s:.0f} s"
+        return Outcome(json.loads(file.read_text()) if file.exists() else None, why)
 
 
 @contextlib.contextmanager
@@ -126,4 +130,4 @@ def tune(name: str, b: int, t: int, part: int, parts: int, passes: list[bool]) -
 if __name__ == "__main__":
     kinds = {"check": lambda **s: [check(**s)], "cold": lambda **s: [cold(**s)], "tune": tune}
     for result in kinds[sys.argv[1]](**json.loads(sys.argv[2])):
-        print(json.dumps(result), flush=True)  # noqa: T201
+        replace_file(Path(sys.argv[3]), json.dumps(result).encode())

@@ -1,5 +1,9 @@
 """What the kernels' benchmark does without a GPU: floors, checks, jobs, the plots, and rivals that cannot run."""
 
+import subprocess
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -58,6 +62,25 @@ def test_a_job_that_fails_says_how_and_the_others_are_done():
     late = kernel_jobs.run_all({"late": jobs["late"]}, 0.01, 1, told.append)["late"]
     assert late.why == "not done after its 0 s" and late.result is None
     assert "not begun" in str(kernel_jobs.run_all({"late": jobs["late"]}, 0.0, 1, told.append)["late"].why)
+
+
+def test_a_job_s_result_is_what_it_wrote_whatever_it_printed(monkeypatch):
+    """A library that logs to the standard output once ended a whole run, when a process was late."""
+    job, soon = kernel_jobs.Job("tune", {}), 60 + time.monotonic()
+
+    def late(command, **_):
+        Path(command[-1]).write_text('{"done": [false]}')
+        raise subprocess.TimeoutExpired(command, 1, output=b"2026-11-22 10:52:03 [TileLang] compiling\n")
+
+    monkeypatch.setattr(kernel_jobs.subprocess, "run", late)
+    outcome = kernel_jobs._run(job, soon)
+    assert outcome.result == {"done": [False]} and "not done after" in str(outcome.why)
+
+    def never(command, **_):
+        raise subprocess.TimeoutExpired(command, 1, output=b"2026-11-22 10:52:03 [TileLang] compiling\n")
+
+    monkeypatch.setattr(kernel_jobs.subprocess, "run", never)
+    assert kernel_jobs._run(job, soon).result is None
 
 
 def test_every_shape_and_dtype_has_its_jobs():
