@@ -54,6 +54,19 @@ def exp2(v, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def rounded_product(a, b, HARDWARE: tl.constexpr):
+    """a b, rounded before anything is added to it.
+
+    A compiler that fuses a product into the sum across threads which follows rounds a thread's own term and not its
+    partner's: threads that hold the same element then differ in its last bit, and which of them is kept is up to the device.
+    """
+    if HARDWARE:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+    else:
+        return a * b
+
+
+@triton.jit
 def sigmoid(v, HARDWARE: tl.constexpr, COARSE: tl.constexpr):
     """1 / (1 + exp(-v)); HARDWARE takes the approximate reciprocal, whose relative error is 2^-23.
 

@@ -259,7 +259,7 @@ def _gradient_bc(call: Call, window: Window, dB: Tensor, dC: Tensor, out: Buffer
 def _windows(call: Call, state: State | None, last: LastState) -> tuple[Buffers, Tensor | None]:
     """What the windows fill, and, where a state was given, the gradient of the state that enters each sequence."""
     inp, sizes = call.inp, call.sizes
-    H, P, N, T = sizes.H, sizes.P, sizes.N, call.c.decay.shape[1]
+    H, P, N, T, row = sizes.H, sizes.P, sizes.N, inp.x.shape[0] * inp.x.shape[1], call.c.decay.shape[1]
     entering, leaving = _entering(call, state), _leaving(call, last.S)
     like = dict(device=inp.x.device, dtype=torch.float32)
     z, chunks, parts = call.gate.z, call.plan.chunks.shape[0], parts_of_channels(sizes, call.launch)[2]
@@ -268,7 +268,7 @@ def _windows(call: Call, state: State | None, last: LastState) -> tuple[Buffers,
         None if z is None else torch.empty(T, H, P, device=z.device, dtype=z.dtype),
         *(torch.empty(T * sizes.R, sizes.G, N, device=inp.x.device, dtype=inp.x.dtype) for _ in range(2)),
         torch.empty(T, sizes.A, **like),
-        Rows(*(torch.empty(shape, **like) for shape in [(H, T)] * 4 + [(chunks, H), (parts, H, T)])),
+        Rows(*(torch.empty(shape, **like) for shape in [(H, row)] * 4 + [(chunks, H), (parts, H, row)])),
         torch.empty(chunks, H, sizes.A, **like), {},
     )  # fmt: skip
     first = None if state is None else torch.empty(call.plan.tables.sequences.shape[0], H, P, N, **like)
@@ -347,12 +347,12 @@ def _given_state(call: Call, state: State, dS: Tensor, d_phi: Tensor | None, out
 
 def _gradient_dt(call: Call, out: Buffers, d_halo: Tensor | None) -> tuple[Tensor, ...]:
     """Gradients of dt, A, lam and tick (empty where there is none), [t, h]."""
-    inp, (H, T) = call.inp, call.c.decay.shape
+    inp, (H, row), T = call.inp, call.c.decay.shape, call.inp.x.shape[0] * call.inp.x.shape[1]
     d_dt, d_A, d_lam = (torch.empty(T, H, device=inp.dt.device, dtype=torch.float32) for _ in range(3))
     d_tick = torch.zeros_like(d_dt) if inp.tick is not None else d_dt
     HB = min(32, triton.next_power_of_2(H))
     gradient_dt_kernel[(call.plan.chunks.shape[0], triton.cdiv(H, HB))](
-        inp.dt, inp.A, inp.lam, call.c.weight, call.plan.chunks, *out.rows, d_halo, d_dt, d_A, d_lam, d_tick, T, H=H,
+        inp.dt, inp.A, inp.lam, call.c.weight, call.plan.chunks, *out.rows, d_halo, d_dt, d_A, d_lam, d_tick, row, H=H,
         L=call.launch.tokens, HB=HB, HAS_STATE=d_halo is not None, TURNS=call.sizes.A > 0, HAS_TICK=inp.tick is not None,
         PARTS=out.rows.tick.shape[0], EXACT=call.constants["EXACT"], num_warps=4,
     )  # fmt: skip

@@ -141,7 +141,7 @@ def sum_of_heads(
     put_part(v, b_sum, i_row, m_l, first, N, GN, UB, L, R, RP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["c_first", "t_first", "Tw"])
 def gradient_bc_kernel(
     theta, tick, B, C, B_bias, C_bias, turn, phase, dB_rows, dC_rows, turning, chunks, dB, dC, d_theta, d_tick, dB_bias,
     dC_bias, c_first, t_first, Tw, T,

@@ -88,7 +88,7 @@ def pairs(S, o_p, A: tl.constexpr, W: tl.constexpr, P: tl.constexpr, N: tl.const
     return tl.load(p_S, mask=m, other=0.0), tl.load(p_S + A, mask=m, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["c_first", "k_first"])
 def gradient_rows_kernel(
     x, z, B, C, B_bias, C_bias, mimo_x, mimo_z, mimo_o, D, dy, decay, decay_low, weight, gamma, turn, phase,
     S, dS, chunks, dx, dz, dB_rows, dC_rows, d_row, d_column, d_state, d_gamma, d_kept, turning, dD,
@@ -116,9 +116,9 @@ def gradient_rows_kernel(
     slot = ((i_j + i_k - k_first).to(tl.int64) * H + i_h) * (P * N)
 
     # What comes from far is asked for first, so that it is waited for once; with ranks, shared memory has no room for dS.
-    b_S = state_tile(S + slot, P, PP, N, A, W, NQ)
+    b_S = state_tile(S + slot, P, P, PP, N, A, W, NQ)
     if RP == 1:
-        b_dS = state_tile(dS + slot + H * P * N, P, PP, N, A, W, NQ)
+        b_dS = state_tile(dS + slot + H * P * N, P, P, PP, N, A, W, NQ)
 
     # Scores, and how much of each reaches y.
     if A > 0:
@@ -196,7 +196,7 @@ def gradient_rows_kernel(
     b_out, b_total = decay_out(decay, decay_low, i_h, i_t, end, T, L, RP, BULK, EXACT)
     b_out = exp2(b_out, HARDWARE)
     if RP > 1:
-        b_dS = state_tile(dS + slot + H * P * N, P, PP, N, A, W, NQ)
+        b_dS = state_tile(dS + slot + H * P * N, P, P, PP, N, A, W, NQ)
     if EXACT:
         b_kept = b_S * b_dS
     else:  # the trace of a product takes a third of the instructions

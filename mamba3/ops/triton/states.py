@@ -86,7 +86,7 @@ def decay_out(
     return b_out, b_total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["c_first", "k_first"])
 def states_kernel(
     x, z, dy, B, bias, mimo_x, mimo_z, mimo_o, decay, decay_low, weight, turn, phase, segments, sequences,
     S_start, S_each, S_end, total, k_first, c_first, T, x_row, z_row,
@@ -116,7 +116,7 @@ def states_kernel(
         slots = S_each + ((first_chunk - c_first + i_k - k_first).to(tl.int64) * H + i_h) * (P * N)
 
     if HAS_START:
-        b_S = state_tile(S_start + (i_k.to(tl.int64) * H + i_h) * (P * N), P, PP, N, A, W, NQ).to(tl.float32)
+        b_S = state_tile(S_start + (i_k.to(tl.int64) * H + i_h) * (P * N), P, P, PP, N, A, W, NQ).to(tl.float32)
     else:
         b_S = tl.zeros((PP, NQ), tl.float32)
     b_sum = 0.0
