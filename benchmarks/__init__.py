@@ -1,9 +1,10 @@
-"""Measurements that the documentation may quote: `python -m benchmarks {cpu, numerics, kernels}`, or `mamba3 bench`.
+"""Measurements that the documentation may quote: `python -m benchmarks {cpu, numerics, kernels, model}`, or `mamba3 bench`.
 
 A contestant is timed only behind green checks (`checks`), in rounds interleaved with its rivals (`timer`). What came out is
 written, with device, versions and commit (`environment`), to results/<date>-<device>-<subject>.json and .png.
 
     cpu         loop, gradient, peer, constancy: ratios of one run on the machine's own cores
     numerics    million, dtypes: errors against float64
-    kernels     the Triton kernels on a GPU, beside the `rivals` that can be imported
+    kernels     the Triton kernels on a GPU, forward, backward and decode, beside the `rivals` that can be imported
+    model       a whole model on a GPU: prefill, and as many decoded tokens
 """

@@ -1,4 +1,4 @@
-"""python -m benchmarks {cpu, numerics, kernels, serving}, or mamba3 bench: run one, show its tables, write its results."""
+"""python -m benchmarks {cpu, numerics, kernels, model, serving}, or mamba3 bench: run, show tables, write results."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from benchmarks import cpu as cpu_subject
 from benchmarks import environment, plots, results
 from benchmarks import kernels as kernels_subject
 from benchmarks import numerics as numerics_subject
+from benchmarks import whole_model as model_subject
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -46,11 +47,20 @@ def numerics(quick: Quick = False, threads: Threads = 0, out: Out = results.FOLD
 @app.command()
 def kernels(
     out: Out = results.FOLDER,
+    section: Annotated[
+        list[str] | None, typer.Option(help=f"Which of {', '.join(kernels_subject.SECTIONS)}; all unless given.")
+    ] = None,
+    quick: Quick = False,
     chunked: Annotated[bool, typer.Option(help="Time the PyTorch path too.")] = True,
+    rivals: Annotated[bool, typer.Option(help="Time other projects' kernels, where they can be imported.")] = True,
+    limit: Annotated[float, typer.Option(help="Seconds that checks and compilation may take, together.")] = 150.0,
 ) -> None:
-    """The Triton kernels on this GPU, beside every other project's that can be imported; cold starts; decode."""
+    """The Triton kernels on this GPU, forward, backward and decode, beside every other project's that can be imported."""
+    sections = tuple(section or kernels_subject.SECTIONS)
+    if unknown := set(sections) - set(kernels_subject.SECTIONS):
+        raise typer.BadParameter(f"there is no section {', '.join(sorted(unknown))}")
     try:
-        kernels_subject.run(out, chunked)
+        kernels_subject.run(out, sections=sections, quick=quick, chunked=chunked, with_rivals=rivals, limit_s=limit)
     except ValueError as error:
         console.print(f"[red]error: {escape(str(error))}[/]", soft_wrap=True)
         raise typer.Exit(1) from error
@@ -72,6 +82,27 @@ def serving(
     sizes = replace(subject.QUICK if quick else subject.FULL, **{name: value for name, value in given.items() if value})
     with ExitStack() as stack:
         _run("serving", subject, subject.draw, quick, threads, out, subject.sections(sizes, stack))
+
+
+@app.command()
+def model(
+    out: Out = results.FOLDER,
+    name: Annotated[list[str] | None, typer.Option(help="Presets; siso-1.5b and mimo-1.5b unless given.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 128,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Prompt lengths; 512 and 2048 unless given.")] = None,
+    state: Annotated[list[str] | None, typer.Option(help="Dtypes of S; float32 and float16 unless given.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that prefill and decoding are measured.")] = 3,
+) -> None:
+    """A whole model on this GPU, random weights: seconds of prefill, and of prefill and as many decoded tokens."""
+    try:
+        path = model_subject.run(
+            out, models=name or ("siso-1.5b", "mimo-1.5b"), batch=batch, tokens=tokens or (512, 2048),
+            states=state or ("float32", "float16"), repeats=repeats, say=kernels_subject.say,
+        )  # fmt: skip
+    except ValueError as error:
+        console.print(f"[red]error: {escape(str(error))}[/]", soft_wrap=True)
+        raise typer.Exit(1) from error
+    console.print(f"Written: {path.name} and {path.with_suffix('.png').name}")
 
 
 def _run(

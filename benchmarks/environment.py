@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,17 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "transformers", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "mamba-ssm", "tilelang", "flash-linear-attention")
+# In an archive of the repository git writes the commit here; in a working tree it is a placeholder.
+ARCHIVED = ROOT / "benchmarks" / "commit.txt"
 
 
-def describe() -> dict[str, Any]:
-    """What a reader needs to repeat the measurement, and `load`: how many other processes wanted the cores at its start."""
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """What a reader needs to repeat the measurement on `device`, "cpu" or "cuda", and `load`: how many other processes wanted
+    the cores at its start. Packages that are not installed are left out."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": "cpu",
+        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
         "cpu": _cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "processors": os.cpu_count(),
@@ -28,13 +33,15 @@ def describe() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **_versions()},
         "commit": _commit(),
     }
 
 
 def slug(environment: dict[str, Any]) -> str:
     """The device in a file's name."""
+    if environment["device"] != "cpu":
+        return environment["device"].replace(" ", "-")
     return f"{environment['device']}-{environment['threads']}-threads"
 
 
@@ -51,15 +58,19 @@ def _memory_gib() -> float | None:
     return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _commit() -> str | None:
-    """The commit, with "+changes" when the measured code differs from it; None outside a repository."""
+    """The commit, with "+changes" when the measured code differs from it; None outside a repository and its archives."""
+    archived = ARCHIVED.read_text().strip() if ARCHIVED.is_file() else ""
+    if re.fullmatch(r"[0-9a-f]{40}", archived):
+        return archived[:12]
 
     def git(*words: str) -> str:
         return subprocess.run(

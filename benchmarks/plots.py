@@ -42,25 +42,51 @@ def draw_numerics(results: dict[str, Any], path: Path) -> None:
     _figure(panels, path)
 
 
-def draw_kernels(rows: list[dict[str, Any]], path: Path) -> None:
-    """Milliseconds of each contestant, with the quarter points of its rounds, and the floor: a panel a shape."""
+def draw_kernels(results: dict[str, Any], path: Path) -> None:
+    """Milliseconds of each contestant, with the quarter points of its rounds, and the floor: a panel a shape and pass."""
     panels: list[Panel] = []
-    for row in rows:
-        title = f"R = {row['rank']}, ({row['batch']}, {row['tokens']}), ms"
-        panels.append((title, lambda axes, row=row: _times(axes, row)))
+    for name, title in (("forward", "forward"), ("backward", "forward + backward")):
+        for row in results.get(name, []):
+            place = f"{title}, R = {row['rank']}, ({row['batch']}, {row['tokens']}), ms"
+            panels.append((place, lambda axes, row=row: _times(axes, row)))
+    for rank in sorted({row["rank"] for row in results.get("decode", [])}):
+        mine = [row for row in results["decode"] if row["rank"] == rank]
+        panels.append((f"decode step of a layer, R = {rank}, ms", lambda axes, mine=mine: _steps(axes, mine)))
     _figure(panels, path)
 
 
 def _times(axes: Axes, row: dict[str, Any]) -> None:
-    names = list(row["times"])
-    middle = [row["times"][n]["ms"] for n in names]
-    spread = [[row["times"][n]["ms"] - row["times"][n]["low"] for n in names],
-              [row["times"][n]["high"] - row["times"][n]["ms"] for n in names]]  # fmt: skip
-    axes.barh(names, middle, xerr=spread)
-    axes.axvline(max(row["floor_bytes_ms"], row["floor_products_ms"]), color="black", linestyle=":", label="floor")
+    names, spreads = list(row["times"]), [v["ms"] for v in row["times"].values()]
+    reach = [[s["median"] - s["low"] for s in spreads], [s["high"] - s["median"] for s in spreads]]
+    axes.barh(names, [s["median"] for s in spreads], xerr=reach)
+    axes.axvline(max(row["floors"].values()), color="black", linestyle=":", label="floor")
     axes.set_xscale("log")
     axes.invert_yaxis()
     axes.legend()
+
+
+def _steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """One color a dtype of the state; the floor dotted."""
+    for i, state in enumerate(dict.fromkeys(row["state"] for row in rows)):
+        mine = [row for row in rows if row["state"] == state]
+        batch = [row["batch"] for row in mine]
+        axes.loglog(batch, [row["times_ms"]["layer"]["median"] for row in mine], "o-", color=f"C{i}", label=state)
+        axes.loglog(batch, [row["floors_ms"]["layer"] for row in mine], ":", color=f"C{i}")
+    axes.set(xlabel="batch")
+    axes.legend()
+
+
+def draw_model(results: dict[str, Any], path: Path) -> None:
+    """Seconds of prefill, and of prefill and decoding, a panel a prompt length; the range of the repetitions."""
+    rows = results["models"]
+    panels: list[Panel] = []
+    for tokens in dict.fromkeys(row["tokens"] for row in rows):
+        mine = [row for row in rows if row["tokens"] == tokens]
+        for key, what in (("prefill_s", "prefill"), ("total_s", "prefill + as many decoded")):
+            names = [f"{row['model']}, {row['state']} state" for row in mine]
+            spreads = [row[key] for row in mine]
+            panels.append((f"{what}, {tokens} tokens, s", lambda axes, n=names, s=spreads: _bars(axes, n, s)))
+    _figure(panels, path)
 
 
 def _figure(panels: list[Panel], path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import settings
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     # A kernel, and Triton's own library, is interpreted if this is set while it is defined.
     os.environ["TRITON_INTERPRET"] = "1"
+    import mamba3.ops.triton.block
     import mamba3.ops.triton.decode
     import mamba3.ops.triton.library  # noqa: F401
 

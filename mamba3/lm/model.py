@@ -58,10 +58,10 @@ class Block(nn.Module):
             self.mlp = GatedMLP(config.d_model, config.d_intermediate, **factory)
 
     def forward(
-        self, h: Tensor, mix: Callable[[Tensor], tuple[Tensor, Any]], *, last_only: bool = False
-    ) -> tuple[Tensor, Any]:
-        """`run`, called as a module is: what wraps modules (sharding, recomputation) takes hold of every verb."""
-        return self.run(h, mix, last_only=last_only)
+        self, h: Tensor, y: Tensor | None, mix: Callable[[Tensor], tuple[Tensor, Any]], *, last_only: bool = False
+    ) -> tuple[Tensor, Tensor, Any]:
+        """`through`, called as a module is: what wraps modules (sharding, recomputation) takes hold of every verb."""
+        return self.through(h, y, mix, last_only=last_only)
 
     def run(
         self, h: Tensor, mix: Callable[[Tensor], tuple[Tensor, Any]], *, last_only: bool = False
@@ -70,12 +70,21 @@ class Block(nn.Module):
 
         last_only: the verb returns y of the last token alone, and so does the block.
         """
+        h, y, extra = self.through(h, None, mix, last_only=last_only)
+        return h + y, extra
+
+    def through(
+        self, h: Tensor, y: Tensor | None, mix: Callable[[Tensor], tuple[Tensor, Any]], *, last_only: bool = False
+    ) -> tuple[Tensor, Tensor, Any]:
+        """`run` of the residual stream h + y, with the last sum left to do: the next block's norm does it in its own pass."""
         dtype = self.mixer.in_proj.weight.dtype
-        y, extra = mix(self.norm(h, dtype))
-        h = (h[:, -1:] if last_only else h) + y
+        u, h = self.norm.after(h, y, dtype)
+        mixed, extra = mix(u)
+        h = h[:, -1:] if last_only else h
         if self.mlp is not None and self.norm2 is not None:
-            h = h + self.mlp(self.norm2(h, dtype))
-        return h, extra
+            u, h = self.norm2.after(h, mixed, dtype)
+            mixed = self.mlp(u)
+        return h, mixed, extra
 
 
 class Mamba3LM(nn.Module):
@@ -120,10 +129,10 @@ class Mamba3LM(nn.Module):
     def hidden(self, input_ids: Tensor, cu_seqlens: Tensor | list[int] | None = None) -> Tensor:
         """What the head reads: [b, t, d_model], normalised."""
         boundaries = self._boundaries(input_ids, cu_seqlens)
-        h = self._embed(input_ids, 2)
+        h, y = self._embed(input_ids, 2), None
         for block in self._blocks():
-            h, _ = block(h, lambda u, block=block: (block.mixer(u, boundaries), None))
-        return self.norm_f(h, self.embedding.weight.dtype)
+            h, y, _ = block(h, y, lambda u, block=block: (block.mixer(u, boundaries), None))
+        return self.norm_f.after(h, y, self.embedding.weight.dtype)[0]
 
     def forward_segment(
         self, input_ids: Tensor, enter: Callable[..., Any], cu_seqlens: Tensor | list[int] | None = None
@@ -138,10 +147,10 @@ class Mamba3LM(nn.Module):
                 "use context_parallel=1, or layers of kind mamba3 alone."
             )
         boundaries = self._boundaries(input_ids, cu_seqlens)
-        h = self._embed(input_ids, 2)
+        h, y = self._embed(input_ids, 2), None
         for block in self._blocks():
-            h, _ = block(h, lambda u, block=block: (block.mixer.forward_segment(u, enter, boundaries), None))
-        return self.head(self.norm_f(h, self.embedding.weight.dtype))
+            h, y, _ = block(h, y, lambda u, block=block: (block.mixer.forward_segment(u, enter, boundaries), None))
+        return self.head(self.norm_f.after(h, y, self.embedding.weight.dtype)[0])
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits from what `hidden` returned."""
@@ -164,23 +173,23 @@ class Mamba3LM(nn.Module):
         """
         boundaries = self._boundaries(input_ids, cu_seqlens)
         batch = input_ids.shape[0] if boundaries is None else len(boundaries) - 1
-        state = self.init_state(batch) if state is None else state
-        self._check_state(state, batch)
-        h, layers = self._embed(input_ids, 2), []
+        before: list[LayerState | None] = [None] * len(self.layers)
+        if state is not None:
+            self._check_state(state, batch)
+            before = list(state.layers)
+        h, y, layers = self._embed(input_ids, 2), None, []
         shorten = last_only and boundaries is None
-        for i, (block, layer) in enumerate(zip(self._blocks(), state.layers, strict=True)):
+        for i, (block, layer) in enumerate(zip(self._blocks(), before, strict=True)):
             if shorten and i == len(self.layers) - 1:
-                h, layer = block(h, lambda u, m=block.mixer, s=layer: m.prefill_last(u, s), last_only=True)
+                h, y, layer = block(h, y, lambda u, m=block.mixer, s=layer: m.prefill_last(u, s), last_only=True)
             else:
-                h, layer = block(h, lambda u, m=block.mixer, s=layer: m.prefill(u, s, boundaries))
+                h, y, layer = block(h, y, lambda u, m=block.mixer, s=layer: m.prefill(u, s, boundaries))
             layers.append(layer)
-        if last_only and boundaries is not None:
-            h = h[0, [b - 1 for b in boundaries[1:]]].unsqueeze(1)
-        read = input_ids.shape[1]
-        if boundaries is not None:
-            read = torch.tensor(boundaries, device=state.tokens.device).diff()
-        tokens = state.tokens + read
-        return self.head(self.norm_f(h, self.embedding.weight.dtype)), LMState(layers, tokens, state.fingerprint)
+        if last_only and boundaries is not None and y is not None:
+            ends = [b - 1 for b in boundaries[1:]]
+            h, y = h[0, ends].unsqueeze(1), y[0, ends].unsqueeze(1)
+        after = LMState(layers, self._tokens_read(input_ids, boundaries, state), self._name(state))
+        return self.head(self.norm_f.after(h, y, self.embedding.weight.dtype)[0]), after
 
     def step(self, input_ids: Tensor, state: LMState) -> tuple[Tensor, LMState]:
         """Read one token a sequence, [b]: (logits [b, v], state).
@@ -189,11 +198,11 @@ class Mamba3LM(nn.Module):
         is returned.
         """
         self._check_state(state, input_ids.shape[0])
-        h, layers = self._embed(input_ids, 1), []
+        h, y, layers = self._embed(input_ids, 1), None, []
         for block, layer in zip(self._blocks(), state.layers, strict=True):
-            h, layer = block(h, lambda u, m=block.mixer, s=layer: m.step(u, s))
+            h, y, layer = block(h, y, lambda u, m=block.mixer, s=layer: m.step(u, s))
             layers.append(layer)
-        logits = self.head(self.norm_f(h, self.embedding.weight.dtype))
+        logits = self.head(self.norm_f.after(h, y, self.embedding.weight.dtype)[0])
         if torch.is_grad_enabled():
             return logits, LMState(layers, state.tokens + 1, state.fingerprint)
         state.layers, state.tokens = layers, state.tokens.add_(1)
@@ -219,7 +228,22 @@ class Mamba3LM(nn.Module):
         """The state before the first token."""
         layers: list[LayerState] = [block.mixer.init_state(batch_size, device, dtype) for block in self._blocks()]
         tokens = torch.zeros(batch_size, dtype=torch.int64, device=device or self.embedding.weight.device)
-        return LMState(layers, tokens, None if torch.compiler.is_compiling() else self.fingerprint())
+        return LMState(layers, tokens, self._name(None))
+
+    def _name(self, state: LMState | None) -> str | None:
+        """The fingerprint that a state which follows `state` carries."""
+        if state is not None:
+            return state.fingerprint
+        return None if torch.compiler.is_compiling() else self.fingerprint()
+
+    def _tokens_read(self, input_ids: Tensor, boundaries: list[int] | None, state: LMState | None) -> Tensor:
+        """[s]: how many tokens each sequence has read once it has read input_ids."""
+        device = self.embedding.weight.device if state is None else state.tokens.device
+        if boundaries is None:
+            read = torch.full((input_ids.shape[0],), input_ids.shape[1], dtype=torch.int64, device=device)
+        else:
+            read = torch.tensor(boundaries, device=device).diff()
+        return read if state is None else state.tokens + read
 
     def generate(self, input_ids: Tensor, **settings: Any) -> generation.Generation:
         """Continue prompts; the settings and their meaning are those of `mamba3.lm.generate.generate`."""

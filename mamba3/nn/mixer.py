@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba3.nn import init
+from mamba3.nn.fused import fused_rows
 from mamba3.nn.linear import outputs_from, project
 from mamba3.nn.norm import RMSNorm
 from mamba3.nn.short_conv import ShortConv
@@ -376,6 +377,8 @@ class Mamba3(nn.Module):
 
     def _inputs(self, row: Projected[Tensor]) -> Inputs:
         """The arguments of the recurrence: every nonlinearity and norm of section 1 applied."""
+        if self._fuses(row):
+            return self._fused_inputs(row)
         wide = wide_dtype(row.x.dtype)
         dt = F.softplus(row.dt.to(wide) + self.dt_bias.to(wide))
         A = decay_rate(row.A.to(wide), self.decay, self.A_floor)
@@ -388,6 +391,29 @@ class Mamba3(nn.Module):
         B, C = self.B_norm(row.B.unflatten(-1, groups)), self.C_norm(row.C.unflatten(-1, groups))
         x = row.x.unflatten(-1, heads)
         return Inputs(x, dt, A, lam, theta, B, C, self.B_bias, self.C_bias, self.mimo_x, self.D, tick)
+
+    def _fuses(self, row: Projected[Tensor]) -> bool:
+        """Whether one kernel does what `_inputs` does: of a sequence, whose columns lie at one distance from token to token."""
+        if (
+            self.rotation == "standard"
+            or row.dt.ndim != 3
+            or not fused_rows(row.x, row.dt, self.dt_bias, self.B_norm.weight)
+        ):
+            return False
+        columns = [v for v in (row.B, row.C, row.dt, row.A, row.lam, row.theta) if v.shape[-1]]
+        return all(v.stride(-1) == 1 and (v.shape[0] == 1 or v.stride(0) == v.shape[1] * v.stride(1)) for v in columns)
+
+    def _fused_inputs(self, row: Projected[Tensor]) -> Inputs:
+        """`_inputs` by `mamba3.ops.triton.block.activations`."""
+        from mamba3.ops.triton.block import activations
+
+        fixed = None if self.lam == "learned" else float(self.lam)
+        dt, A, lam, theta, B, C = activations(
+            row.B, row.C, row.dt, row.A, row.lam, row.theta, self.dt_bias, self.B_norm.weight, self.C_norm.weight,
+            groups=(self.mimo_rank, self.ngroups, self.d_state), decay=self.decay, A_floor=self.A_floor, fixed_lam=fixed,
+        )  # fmt: skip
+        x = row.x.unflatten(-1, (self.nheads, self.headdim))
+        return Inputs(x, dt, A, lam, theta, B, C, self.B_bias, self.C_bias, self.mimo_x, self.D, None)
 
     def _gate(self, z: Tensor) -> Gate:
         """The arguments of the output stage."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba3.nn.fused import fused_rows
 from mamba3.nn.linear import project
 
 MULTIPLE = 128
@@ -20,5 +21,10 @@ class GatedMLP(nn.Module):
         self.fc2 = nn.Linear(inner, d_model, bias=False, device=device, dtype=dtype)
 
     def forward(self, u: Tensor) -> Tensor:
-        value, gate = project(self.fc1, u).chunk(2, dim=-1)
+        inner = project(self.fc1, u)
+        if fused_rows(inner):
+            from mamba3.ops.triton.block import swiglu
+
+            return project(self.fc2, swiglu(inner))
+        value, gate = inner.chunk(2, dim=-1)
         return project(self.fc2, value * F.silu(gate))

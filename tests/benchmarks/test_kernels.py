@@ -1,34 +1,133 @@
-"""What the kernels' benchmark does without a GPU: floors, the plot, and rivals that cannot run."""
+"""What the kernels' benchmark does without a GPU: floors, checks, jobs, the plots, and rivals that cannot run."""
+
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.kernels import forward_bytes, forward_flops
-from benchmarks.plots import draw_kernels
-
 pytest.importorskip("triton")
-from benchmarks.rivals import rivals
+from benchmarks import kernel_checks, kernel_jobs, kernels
+from benchmarks.cuda import spread
+from benchmarks.kernel_sizes import SHAPES, floors, moved_bytes, products_flops
+from benchmarks.plots import draw_kernels, draw_model
+from benchmarks.rivals import RIVALS, Prepared, passes, rivals
 
 
 def test_the_floors_are_those_of_the_layer():
     """mathematics: 25.5 KB and 3.7 MFLOP a token and rank at 64 heads of 64, state 128, chunks of 64 rows."""
     state = 64 * 64 * 128 * 4
-    assert (forward_bytes(1, 2048, 1) - state) / 2048 == pytest.approx(25.5 * 1024, rel=0.02)
-    assert forward_flops(1, 2048, 1) / 2048 == pytest.approx(3.7e6, rel=0.02)
-    assert forward_flops(2, 512, 4) == 2 * forward_flops(1, 512, 1) * 4
+    assert (moved_bytes(1, 2048, 1, False) - state) / 2048 == pytest.approx(25.5 * 1024, rel=0.02)
+    assert products_flops(1, 2048, 1, False) / 2048 == pytest.approx(3.7e6, rel=0.02)
+    assert products_flops(2, 512, 4, True) == 2 * products_flops(1, 512, 1, False) * 4 * 3
+    top = {"copy_TBs": 2.0, "matmul_TFLOPs": 1.0}
+    assert floors(8, 2048, 1, False, top)["bytes_ms"] == pytest.approx(moved_bytes(8, 2048, 1, False) / 2e9)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
 @pytest.mark.parametrize("rank", [1, 4])
 def test_rivals_that_cannot_run_are_left_out_and_say_why(rank):
-    runs, left_out = rivals(rank, 1, 64)
+    runs, left_out = rivals(rank, 1, 64, True, 60.0, Prepared())
     assert not runs
-    assert left_out
+    assert set(left_out) == {rival.name for rival in RIVALS if rival.rank == rank}
     assert all(left_out.values())
 
 
-def test_the_plot_has_a_panel_a_shape(tmp_path):
-    times = {"triton": dict(ms=0.5, low=0.4, high=0.6), "chunked": dict(ms=13.0, low=12.0, high=14.0)}
-    row = dict(rank=1, batch=8, tokens=2048, times=times, floor_bytes_ms=0.15, floor_products_ms=0.08)
-    draw_kernels([row, row | dict(rank=4)], tmp_path / "kernels.png")
-    assert (tmp_path / "kernels.png").stat().st_size > 1000
+def test_a_pass_with_gradients_reaches_every_tensor_and_one_without_records_nothing():
+    tensors = [torch.randn(3, 4), torch.randn(3, 4)]
+    forward, both = (passes(lambda a, b: a * b, tensors, backward) for backward in (False, True))
+    assert not forward.run().requires_grad and forward.held == 2 * 48
+    assert len(both.run()) == 2 and both.held == 3 * 48
+
+
+def test_errors_of_parameters_count_together_and_nan_is_red():
+    truth = {"x_bthp": torch.ones(4), "D_h": torch.ones(4), "B_bias_hrn": torch.ones(4)}
+    found = {"x_bthp": torch.ones(4), "D_h": torch.full((4,), 1.3), "B_bias_hrn": torch.full((4,), 1.4)}
+    seen = kernel_checks.errors(found, truth)
+    assert seen == {"x_bthp": 0.0, "parameters": pytest.approx((0.09 / 2 + 0.16 / 2) ** 0.5)}
+    assert not kernel_checks.errors(found | {"x_bthp": torch.full((4,), torch.nan)}, truth)["x_bthp"] <= 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
+def test_a_job_that_fails_says_how_and_the_others_are_done():
+    jobs = {
+        "fails": kernel_jobs.Job("check", {"dtype": "float32", "backward": False, "cases": [[1, 1, 4, 1, 8, 8, 2]]}),
+        "late": kernel_jobs.Job("no such kind", {}),
+    }
+    told = []
+    outcomes = kernel_jobs.run_all(jobs, 100.0, 2, told.append)
+    assert "ended with 1" in str(outcomes["fails"].why) and "KeyError" in str(outcomes["late"].why)
+    assert len(told) == 2
+    late = kernel_jobs.run_all({"late": jobs["late"]}, 0.01, 1, told.append)["late"]
+    assert late.why == "not done after its 0 s" and late.result is None
+    assert "not begun" in str(kernel_jobs.run_all({"late": jobs["late"]}, 0.0, 1, told.append)["late"].why)
+
+
+def test_a_job_s_result_is_what_it_wrote_whatever_it_printed(monkeypatch):
+    """A library that logs to the standard output once ended a whole run, when a process was late."""
+    job, soon = kernel_jobs.Job("tune", {}), 60 + time.monotonic()
+
+    def late(command, **_):
+        Path(command[-1]).write_text('{"done": [false]}')
+        raise subprocess.TimeoutExpired(command, 1, output=b"2026-11-22 10:52:03 [TileLang] compiling\n")
+
+    monkeypatch.setattr(kernel_jobs.subprocess, "run", late)
+    outcome = kernel_jobs._run(job, soon)
+    assert outcome.result == {"done": [False]} and "not done after" in str(outcome.why)
+
+    def never(command, **_):
+        raise subprocess.TimeoutExpired(command, 1, output=b"2026-11-22 10:52:03 [TileLang] compiling\n")
+
+    monkeypatch.setattr(kernel_jobs.subprocess, "run", never)
+    assert kernel_jobs._run(job, soon).result is None
+
+
+def test_every_shape_and_dtype_has_its_jobs():
+    jobs = kernels._jobs(["a", "b", "c", "d"], backward=True, with_rivals=True, quick=False)
+    kinds = [job.kind for job in jobs.values()]
+    assert kinds.count("cold") == 2 * len(SHAPES) == len({job.cache for job in jobs.values() if job.kind == "cold"})
+    assert kinds.count("check") == 2 * len(kernel_checks.CASES)
+    assert (
+        kinds.count("tune")
+        == sum(r.parts for r in RIVALS if r.parts > 0) + 4  # official MIMO: forward at three shapes, backward at one
+    )  # the last: shapes of the official MIMO
+    few = kernels._jobs(["a", "b"], backward=False, with_rivals=False, quick=True).values()
+    assert {job.kind for job in few} == {"cold", "check"} and not any(job.settings["backward"] for job in few)
+
+
+def test_winners_of_the_parts_of_a_grid_meet_again():
+    def job(name, b, part):
+        return kernel_jobs.Job(
+            "tune", {"name": name, "b": b, "t": 2048, "part": part, "parts": 3, "passes": [False, True]}
+        )
+
+    jobs = {str(part): job("Mamba-2", 8, part) for part in range(3)} | {"8": job("official MIMO", 8, 0)}
+    outcomes = {
+        "0": kernel_jobs.Outcome({"done": [False], "winners": {"k": ["a"], "l": ["c"]}}, "late"),
+        "1": kernel_jobs.Outcome({"done": [False, True], "winners": {"k": ["b", "a"]}}, None),
+        "2": kernel_jobs.Outcome(None, "late"),
+        "8": kernel_jobs.Outcome(None, "late"),
+    }
+    prepared = kernels._prepared(jobs, outcomes)
+    assert prepared.finalists == {"k": {"a", "b"}, "l": {"c"}}
+    assert "late" in prepared.unready[("official MIMO", 8, 2048, True)]
+    assert "not asked for" in prepared.unready[("official MIMO", 1, 16384, True)]
+    assert ("Mamba-2", 32, 2048, True) not in prepared.unready and ("SDPA", 8, 2048, False) not in prepared.unready
+
+
+def test_the_plots_have_a_panel_a_shape(tmp_path):
+    times = {
+        name: {"ms": spread([at, 1.1 * at, 1.2 * at]), "host_ms": 0.1, "peak_GiB": 1.0}
+        for name, at in (("triton", 0.5), ("chunked", 13.0))
+    }
+    row = dict(rank=1, batch=8, tokens=2048, times=times, floors={"bytes_ms": 0.15, "products_ms": 0.08})
+    step = dict(rank=1, batch=8, state="float32", times_ms={"layer": spread([1.0, 2.0])}, floors_ms={"layer": 0.9})
+    measured = {"forward": [row, row | dict(rank=4)], "backward": [row], "decode": [step]}
+    draw_kernels(measured, tmp_path / "kernels.png")
+    seconds = dict(median=1.0, min=0.9, max=1.1)
+    draw_model(
+        {"models": [dict(model="siso", state="float32", tokens=512, prefill_s=seconds, total_s=seconds)]},
+        tmp_path / "model.png",
+    )
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("kernels.png", "model.png"))

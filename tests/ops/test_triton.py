@@ -15,7 +15,7 @@ from tests.ops.cases import Sizes, distance, inputs, random_state, state_distanc
 
 pytest.importorskip("triton")
 from mamba3.ops.triton import forward
-from mamba3.ops.triton.launch import Launch, device_limits
+from mamba3.ops.triton.launch import Launch, device_limits, power_of_2
 
 ON_GPU = torch.cuda.is_available()
 # The interpreter computes in masked lanes too, where 0 * inf is nobody's business.
@@ -184,10 +184,10 @@ def test_a_16_bit_state_is_rounded_without_bias():
     """Half a unit in the last place survives as a mean over many channels; rounding to nearest would lose it."""
     layer, state = layer_and_state(LAYERS["siso"])
     narrow = state._replace(S=(100 + torch.rand_like(state.S)).bfloat16())
-    wide = state._replace(S=narrow.S.float())
+    wide = narrow.clone()._replace(S=narrow.S.float())  # a step moves every field on in place
     row = layer.in_proj(torch.randn(3, layer.d_model, device=DEVICE))
     layer._decode(row, wide)
-    layer._decode(row, narrow._replace(phi=state.phi.clone()))
+    layer._decode(row, narrow)
     error = narrow.S.float() - wide.S
     assert error.abs().max() <= 0.5  # one unit of bfloat16 near 100
     assert abs(error.mean()) < 0.02
@@ -240,6 +240,34 @@ def test_an_infinity_stays_in_its_sequence(cut):
             values[name][:, cut:] = float("inf")
         ours = ops.scan(**values, cu_seqlens=boundaries, impl="triton").y[:, :cut]
     assert torch.equal(ours, expected)
+
+
+def test_rows_of_coefficients_are_those_of_a_length_that_kernels_are_compiled_for():
+    values = place(inputs(Sizes(b=1, t=19, a=2), dtype=torch.float32))
+    inp = arguments(values)[0]
+    sizes = forward.Sizes(2, 1, 1, 5, 8, 2)
+    table = forward.tables((0, 19), 16, 4, torch.device(DEVICE))
+    rows, _ = forward.coefficients(inp, sizes, table, 16, None)
+    assert rows.decay.shape == (2, 32)
+    assert forward.angles(inp, sizes, table, 16, None).turn.shape == (2, 32, 2)
+    assert [power_of_2(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_new_length_compiles_nothing(rank, monkeypatch):
+    from triton import knobs
+
+    def run(t):
+        with torch.no_grad():
+            ops.scan(**place(inputs(Sizes(b=1, t=t, p=64, n=128, a=32, r=rank), dtype=torch.bfloat16)), impl="triton")
+
+    run(130)
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **what: compiled.append(what["fn"].name))
+    for t in (131, 1, 50, 4097):
+        run(t)
+    assert not compiled
 
 
 @pytest.mark.gpu

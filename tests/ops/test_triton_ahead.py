@@ -20,13 +20,14 @@ TARGETS = {
 FLOATS = {
     "dt", "A_rate", "lam", "tick_bth", "theta", "decay", "decay_low", "source", "source_low", "gamma", "tick", "B_bias",
     "C_bias", "mimo_x", "mimo_z", "mimo_o", "D", "S", "S_in", "S_out", "S_state", "total", "phi", "phi_in", "phi_out",
-    "dt_bias", "weight", "bias", "S_start", "turning", "dD", "d_log", "d_weight", "d_gamma", "d_mimo_x", "d_mimo_z",
-    "d_mimo_o", "d_own", "d_theta", "d_tick", "d_bias", "d_tick_B", "d_tick_C", "d_halo", "d_dt", "d_A", "d_lam",
+    "dt_bias", "weight", "bias", "S_start", "turning", "h", "dD", "d_row", "d_column", "d_state", "d_gamma", "d_kept", "d_turn",
+    "d_mimo_x", "d_mimo_z", "d_mimo_o", "d_theta", "d_tick", "dB_bias", "dC_bias", "d_halo", "d_dt", "d_A", "d_lam",
     "S_final",
 }  # fmt: skip
 INTEGERS = {"chunks", "segments", "sequences", "sequence_segments", "phase", "turned"}
 TURN = {"fp32": "i32", "bf16": "i16"}
-NUMBERS = {"T", "x_row", "z_row", "row_size", "k_first", "c_first", "t_first", "Tw"}
+SCALARS = {"eps": "fp32", "has_state": "i32"}
+NUMBERS = {"T", "x_row", "z_row", "bc_row", "rest_row", "row_size", "k_first", "c_first", "t_first", "Tw"}
 
 
 @pytest.mark.slow
@@ -37,7 +38,7 @@ def test_every_kernel_compiles(target):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     used = json.loads(done.stdout.splitlines()[-1])
-    assert len(used) == 32
+    assert len(used) == 33
     too_much = {name: shared for name, shared in used.items() if shared > TARGETS[target]}
     assert not too_much
 
@@ -51,20 +52,21 @@ def compile_all(name: str) -> dict[str, int]:
     from triton.compiler import ASTSource
 
     from mamba3.ops.triton import (
+        block,
         coefficients,
         decode,
         decode_ranks,
         gradient_bc,
         gradient_dt,
-        gradient_x,
+        gradient_rows,
         last_token,
         output,
         segments,
         states,
         turns,
     )
-    from mamba3.ops.triton.backward import HEADS_A_PROGRAM, WARPS
-    from mamba3.ops.triton.launch import Device, choose
+    from mamba3.ops.triton.backward import WARPS
+    from mamba3.ops.triton.launch import Device, choose, choose_backward
 
     backend, arch = name.split(":")
     target = (
@@ -80,6 +82,8 @@ def compile_all(name: str) -> dict[str, int]:
                 signature[argument], values[argument] = "constexpr", constants[argument]
             elif argument in (descriptors or {}):
                 signature[argument] = f"tensordesc<{descriptors[argument]}>"
+            elif argument in SCALARS:
+                signature[argument] = SCALARS[argument]
             elif argument in NUMBERS:
                 signature[argument], attributes[(i,)] = "i32", [["tt.divisibility", 16]]
             else:
@@ -105,27 +109,29 @@ def compile_all(name: str) -> dict[str, int]:
             R=rank, RP=rank, W=32, NQ=128, L=L, BULK=launch.bulk, STAGES=launch.stages, DTYPE=dtype, EXACT=exact,
             HARDWARE=limits.nvidia and not exact, HAS_BIAS_B=True, HAS_MIMO_X=mimo,
         )  # fmt: skip
-        gate = dict(HAS_BIAS_C=True, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo, HAS_D=True, HAS_Z=True, HAS_S=True)
+        gate = dict(HAS_BIAS_C=True, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo, HAS_D=True, HAS_Z=True)
         boxes = {"B": f"{L * rank},32", "C": f"{L * rank},32", "x": f"{L},64", "z": f"{L},64"} if launch.bulk else {}
         boxes = {v: f"{kind}[{box}]" for v, box in boxes.items()}
         if launch.bulk:
             boxes["turn"] = f"i16[{L},32]"
         used[f"output {label}"] = shared(output.output_kernel, matrix | gate, launch.num_warps, kind, boxes)
         used[f"summary {label}"] = shared(segments.summary_kernel, matrix, launch.num_warps, kind, boxes)
-        back = sizes | padded | dict(
-            HAS_BIAS_B=True, HAS_MIMO_X=mimo, EXACT=exact, HARDWARE=limits.nvidia and not exact,
-            R=rank, RP=rank, L=max(16, (32 if exact else 64) // rank), DTYPE=dtype, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo,
-            HAS_Z=True, HAS_BIAS_C=True, HAS_D=True, HAS_BIAS=True, HAS_START=True, HAS_END=True, SUMMARY=False,
-            HEADS=HEADS_A_PROGRAM,
+        chosen = choose_backward(limits, torch_type, rank)
+        back = sizes | dict(
+            HAS_BIAS_B=True, HAS_MIMO_X=mimo, EXACT=exact, HARDWARE=limits.nvidia and not exact, BULK=False, W=32, NQ=128,
+            R=rank, RP=rank, L=chosen.tokens, DTYPE=dtype, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo, HAS_Z=True, HAS_BIAS_C=True,
+            HAS_D=True, HAS_BIAS=True, HAS_START=True, HAS_END=True, SUMMARY=False,
         )  # fmt: skip
         if not exact and not copies:  # in float32 they take minutes to compile, and impl="auto" does not take them
-            used[f"gradient_x {label}"] = shared(gradient_x.gradient_x_kernel, back, WARPS, kind, narrow=("S",))
+            used[f"gradient_rows {label}"] = shared(
+                gradient_rows.gradient_rows_kernel, back, WARPS, kind, narrow=("S",)
+            )
             for reverse in (False, True):
-                flags = back | dict(REVERSE=reverse, SIDE_B=reverse)
+                flags = back | dict(REVERSE=reverse, STAGES=chosen.stages)
                 used[f"states {reverse} {label}"] = shared(states.states_kernel, flags, WARPS, kind)
-                used[f"gradient_bc {reverse} {label}"] = shared(
-                    gradient_bc.gradient_bc_kernel, flags, WARPS, kind, narrow=("S",)
-                )
+            parts = dict(AB=chosen.pairs, PARTS=32 // chosen.pairs, UB=chosen.rest, HEADS=64, LEAVING=True)
+            flags = back | parts | dict(STAGES=chosen.stages_bc)
+            used[f"gradient_bc {label}"] = shared(gradient_bc.gradient_bc_kernel, flags, chosen.warps, kind)
         step = sizes | padded | dict(
             A_FLOOR=1e-4, HEAVY_TAIL=True, LAM=-1.0, HAS_BIAS_B=True, HAS_BIAS_C=True, HAS_D=True,
         )  # fmt: skip
@@ -138,12 +144,16 @@ def compile_all(name: str) -> dict[str, int]:
     small = dict(H=64, A=32, AP=32, L=64, HB=16)
     used["coefficients"] = shared(coefficients.coefficients_kernel, small | dict(EXACT=True, BACKWARD=True), 4)
     used["phases"] = shared(coefficients.phases_kernel, dict(HA=2048, CB=64, BLOCK=32, HAS_PHI=True), 4)
-    flags = dict(H=64, L=64, HB=32, HAS_STATE=True, TURNS=True, HAS_TICK=True)
+    flags = dict(H=64, L=64, HB=32, HAS_STATE=True, TURNS=True, HAS_TICK=True, PARTS=2, EXACT=False)
     used["gradient_dt"] = shared(gradient_dt.gradient_dt_kernel, flags, 4)
     used["reverse merge"] = shared(states.reverse_merge_kernel, dict(H=64, PN=64 * 128, BLOCK=1024, HAS_FINAL=True), 4)
     merge = dict(H=64, R=4, P=64, PB=16, N=128, NP=128, HAS_STATE=True, HAS_MIMO_X=True)
     used["merge"] = shared(segments.merge_kernel, merge, 4)
     used["last token"] = shared(last_token.last_token_kernel, sizes | padded | dict(R=4, HAS_BIAS_B=True), 1)
+    used["add norm"] = shared(block.add_norm_kernel, dict(N=2048, BLOCK=2048, HAS_Y=True), 4, narrow=("weight",))
+    used["swiglu"] = shared(block.swiglu_kernel, dict(N=4096, BLOCK=2048), 4)
+    row = dict(H=64, HP=64, A=32, AP=32, N=128, NP=128, M=4, MP=4, A_FLOOR=1e-4, HEAVY_TAIL=True, LAM=-1.0)
+    used["activations"] = shared(block.activations_kernel, row, 2)
     return used
 
 

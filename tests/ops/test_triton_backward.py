@@ -1,7 +1,8 @@
 """Gradients of the kernels: on a CPU in Triton's interpreter, on small shapes; with -m gpu on the device, in every dtype.
 
-The yardstick is the error of the chunked path's own gradients in the same dtype: the kernels' may be twice that. Parameters,
-and the state's fields, are judged together, which is weaker than one by one: docs/kernels.md names what would not pass.
+The yardstick is the error of the chunked path's own gradients in the same dtype: the kernels' may be twice that, each
+gradient for itself. Errors are roots of the mean square over random draws, several where a gradient has few elements: the
+error of twenty numbers in one draw is luck (one of 16 draws in float16 has a ratio of 4.8, half have less than 0.83).
 """
 
 import pytest
@@ -57,38 +58,42 @@ def gradients(scan, values, state=None, cu_seqlens=None, *, exact=False, ends=Tr
     }
 
 
-def errors(found, truth):
-    """Relative errors by argument. Those of few elements are a matter of luck: parameters, and the fields of a state, are
-    judged together, by the root of their mean square."""
-    each = {name: distance(found[name], true) for name, true in truth.items()}
-    kinds = {name: [e for n, e in each.items() if n in names] for name, names in TOGETHER.items()}
-    whole = {name: (sum(e * e for e in kind) / len(kind)) ** 0.5 for name, kind in kinds.items() if kind}
-    return whole | {name: e for name, e in each.items() if not any(name in names for names in TOGETHER.values())}
+def errors(found, truths):
+    """Relative errors by argument, over several draws."""
+    return {
+        name: (sum(distance(ours[name], truth[name]) ** 2 for ours, truth in pairs) / len(pairs)) ** 0.5
+        for pairs in [list(zip(found, truths, strict=True))]
+        for name in truths[0]
+    }
 
 
-TOGETHER = {
-    "parameters": ("B_bias_hrn", "C_bias_hrn", "mimo_x_hrp", "mimo_z_hrp", "mimo_o_hrp", "D_h"),
-    "state": ("phi", "S", "B_prev", "x_prev"),
-}
-
-
-def assert_within_twice_the_chunked_error(values, state=None, cu_seqlens=None, **options):
-    truth = gradients(reference.scan, values, state, cu_seqlens, exact=True, **options)
-    yardstick = gradients(chunked.scan, values, state, cu_seqlens, **options)
-    ours = gradients(TRITON, values, state, cu_seqlens, **options)
-    assert [v.dtype for v in ours.values()] == [v.dtype for v in yardstick.values()]
+def assert_within_twice_the_chunked_error(values, state=None, cu_seqlens=None, more=(), **options):
+    """`more`: further draws of values and state."""
+    draws = [(values, state), *more]
+    truth = [gradients(reference.scan, *draw, cu_seqlens, exact=True, **options) for draw in draws]
+    yardstick = [gradients(chunked.scan, *draw, cu_seqlens, **options) for draw in draws]
+    ours = [gradients(TRITON, *draw, cu_seqlens, **options) for draw in draws]
+    assert [v.dtype for v in ours[0].values()] == [v.dtype for v in yardstick[0].values()]
     allowed = {name: 2 * error + FLOOR for name, error in errors(yardstick, truth).items()}
     assert not {name: (e, allowed[name]) for name, e in errors(ours, truth).items() if not e <= allowed[name]}
-    return ours
+    return ours[0]
+
+
+DRAWS = {"mimo, no rotation": 8}  # of shapes whose smallest gradients have few elements
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_are_those_of_the_reference(shape, dtype):
     s = SHAPES[shape] if shape != "one token" else Sizes(b=8, t=1, per_group=4, p=8, n=8, a=2)
-    values = place(inputs(s, dtype=dtype, tick=shape == "siso"))
-    state = random_state(s, dtype=dtype).to(DEVICE) if shape != "siso" else None
-    assert_within_twice_the_chunked_error(values, state)
+    (values, state), *more = (
+        (
+            place(inputs(s, dtype=dtype, tick=shape == "siso")),
+            random_state(s, dtype=dtype).to(DEVICE) if shape != "siso" else None,
+        )
+        for _ in range(DRAWS.get(shape, 1))
+    )
+    assert_within_twice_the_chunked_error(values, state, more=more)
 
 
 def test_y_alone_and_without_gate():
@@ -129,7 +134,7 @@ def test_windows_cover_the_tokens_and_hold_no_more_than_they_may():
     assert all(0 < w.chunks[1] - w.chunks[0] <= 8 for w in made.windows)
     for w in made.windows:
         assert made.chunks[w.chunks[0], 0] == w.tokens[0]
-    assert all(boundaries[s] == begin and boundaries[s + 1] == end for _, end, begin, s in made.chunks.tolist())
+    assert all(boundaries[s] == begin and boundaries[s + 1] == end for _, end, begin, s, _ in made.chunks.tolist())
 
 
 @pytest.mark.parametrize("exponent", [-1e-6, -1.0, -50.0, None])
@@ -210,8 +215,8 @@ def test_the_layer_trains_with_the_kernels_as_with_chunked(settings, monkeypatch
         return torch.autograd.grad((layer.to(dtype)(leaf) * weight).sum(), [leaf, *layer.parameters()])
 
     ours, theirs, truth = grads("triton"), grads("chunked"), grads("chunked", torch.float64)
-    mine, yardstick = (sum(distance(g, t) ** 2 for g, t in zip(found, truth, strict=True)) for found in (ours, theirs))
-    assert mine**0.5 <= 2 * yardstick**0.5 + FLOOR
+    for mine, yardstick, true in zip(ours, theirs, truth, strict=True):
+        assert distance(mine, true) <= 2 * distance(yardstick, true) + FLOOR
 
 
 @pytest.mark.gpu

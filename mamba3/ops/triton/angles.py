@@ -54,8 +54,28 @@ def exp2(v, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(v, HARDWARE: tl.constexpr):
-    """1 / (1 + exp(-v)); HARDWARE takes the approximate reciprocal, whose relative error is 2^-23."""
+def rounded_product(a, b, HARDWARE: tl.constexpr):
+    """a b, rounded before anything is added to it.
+
+    A compiler that fuses a product into the sum across threads which follows rounds a thread's own term and not its
+    partner's: threads that hold the same element then differ in its last bit, and which of them is kept is up to the device.
+    """
+    if HARDWARE:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+    else:
+        return a * b
+
+
+@triton.jit
+def sigmoid(v, HARDWARE: tl.constexpr, COARSE: tl.constexpr):
+    """1 / (1 + exp(-v)); HARDWARE takes the approximate reciprocal, whose relative error is 2^-23.
+
+    COARSE, with HARDWARE: by tanh.approx, one instruction of relative error 2^-11, for bfloat16's 2^-9.
+    """
+    if HARDWARE and COARSE:
+        return 0.5 + 0.5 * tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * v], tl.float32, True, 1
+        )  # fmt: skip
     power = exp2(v * -LOG2_E, HARDWARE)
     if HARDWARE:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, True, 1)
@@ -65,12 +85,12 @@ def sigmoid(v, HARDWARE: tl.constexpr):
 
 @triton.jit
 def silu(v, HARDWARE: tl.constexpr, COARSE: tl.constexpr):
-    """v sigmoid(v); COARSE, with HARDWARE: by tanh.approx, one instruction of relative error 2^-11, for bfloat16's 2^-9."""
+    """v sigmoid(v); COARSE as there."""
     if HARDWARE and COARSE:
         half = 0.5 * v
         return half + half * tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], tl.float32, True, 1)
     else:
-        return v * sigmoid(v, HARDWARE)
+        return v * sigmoid(v, HARDWARE, COARSE)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 # type: ignore  the arguments of a launch are constants of the kernel, which pyright takes for wrong types
 """The backward pass: from the inputs alone; chunk states are computed again, a window of the sequence at a time.
 
-coefficients, phases -> (summaries and merges, where a sequence is split) -> for each window: states in both
-directions, gradient_x, gradient_bc for C and for B -> gradient_dt -> what the last state and the given state add
+coefficients, turns, phases -> (summaries and merges, where a sequence is split) -> for each window: states in both
+directions, gradient_rows, gradient_bc -> gradient_dt -> what the last state and the given state add
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 from mamba3.ops.ranks import per_head
 from mamba3.ops.rotate import rotate_pairs
 from mamba3.ops.triton.assembler import sound_assembler
-from mamba3.ops.triton.forward import TRITON_TYPES, Coefficients, Sizes, coefficients, rows
+from mamba3.ops.triton.forward import TRITON_TYPES, Angles, Coefficients, Sizes, angles, coefficients, rows
 from mamba3.ops.triton.gradient_bc import gradient_bc_kernel
 from mamba3.ops.triton.gradient_dt import gradient_dt_kernel
-from mamba3.ops.triton.gradient_x import gradient_x_kernel
-from mamba3.ops.triton.launch import Device, device_limits, segment_programs
+from mamba3.ops.triton.gradient_rows import gradient_rows_kernel
+from mamba3.ops.triton.launch import BackwardLaunch, Device, choose_backward, device_limits, padded, segment_programs
 from mamba3.ops.triton.segments import merge_kernel
 from mamba3.ops.triton.states import reverse_merge_kernel, states_kernel
 from mamba3.ops.triton.windows import Plan, Window, plan
 from mamba3.ops.types import Gate, Inputs, State
 
-# Bytes of the states of a window's chunks, for each direction of time.
+# Bytes of the states of a window's chunks, for each direction of time; half of it where one window is not enough. As much
+# again, for each of B and C, holds the gradients of their rows.
 SCRATCH = 256 * 2**20
-# Heads whose gradients of B and C one program sums, at most: each block of heads writes [t, r, n] in float32.
-HEADS_A_PROGRAM = 16
-# Of the matrix stages; with 8, gradient_x took 4.6 instead of 2.5 ms and gradient_bc 3.7 instead of 2.4 at (8, 2048).
+# Of the matrix stages. With 8 the compiler gives products that follow from one another all 8 along the 64 rows: it computes
+# each of them twice.
 WARPS = 4
 
 
@@ -59,29 +59,33 @@ class Call(NamedTuple):
     dy: Tensor
     sizes: Sizes
     plan: Plan
-    tokens: int
+    launch: BackwardLaunch
     x_row: int
     z_row: int
     c: Coefficients
+    angles: Angles
+    tick: Tensor
     constants: dict
     programs: int
 
 
 def _prepare(
     inp: Inputs, gate: Gate, state: State | None, boundaries: tuple[int, ...], dy: Tensor, limits: Device, scratch: int
-) -> tuple[Call, Tensor]:
-    """The call, and the final phi."""
+) -> Call:
     H, P = inp.x.shape[2:]
     sizes = Sizes(H, inp.B.shape[-2], inp.rank, P, inp.B.shape[-1], inp.theta.shape[-1])
     exact = inp.x.dtype == torch.float32
-    tokens = max(16, (32 if exact else 64) // sizes.RP)
+    launch = choose_backward(limits, inp.x.dtype, sizes.R)
+    tokens = launch.tokens
     most = max(1, scratch // (H * P * sizes.N * inp.x.element_size()))
+    if inp.x.shape[0] * inp.x.shape[1] > most * tokens:
+        most = max(1, most // 2)  # long sequences: their own tensors leave less room
     table = plan(boundaries, tokens, segment_programs(limits, H), most, inp.x.device)
     x, x_row = rows(inp.x)
     z, z_row = rows(gate.z) if gate.z is not None else (None, 0)
-    c, phi = coefficients(
-        inp, sizes, table.tables, tokens, None if state is None else state.phi.contiguous(), backward=True
-    )
+    still = inp._replace(theta=inp.theta[..., :0])  # coefficients without angles, which `angles` makes
+    c, _ = coefficients(still, sizes._replace(A=0), table.tables, tokens, None, backward=True)
+    turned = angles(inp, sizes, table.tables, tokens, None if state is None else state.phi.contiguous())
 
     def flat(*values: Tensor | None, parameter: bool = False) -> list[Tensor | None]:
         return [v if v is None else (v.float() if parameter else v).contiguous() for v in values]
@@ -92,14 +96,15 @@ def _prepare(
     )  # fmt: skip
     gate = Gate(z, *flat(gate.mimo_z, gate.mimo_o, parameter=True))
     constants = dict(
-        **sizes.matrix(), L=tokens, EXACT=exact, HARDWARE=limits.nvidia and not exact, DTYPE=TRITON_TYPES[inp.x.dtype],
-        HAS_MIMO_X=inp.mimo_x is not None, HAS_MIMO_Z=gate.mimo_z is not None, HAS_MIMO_O=gate.mimo_o is not None,
-        HAS_Z=z is not None,
+        **sizes.channels(), L=tokens, BULK=False, EXACT=exact, HARDWARE=limits.nvidia and not exact,
+        DTYPE=TRITON_TYPES[inp.x.dtype], HAS_MIMO_X=inp.mimo_x is not None, HAS_MIMO_Z=gate.mimo_z is not None,
+        HAS_MIMO_O=gate.mimo_o is not None, HAS_Z=z is not None,
     )  # fmt: skip
-    call = Call(
-        inp, gate, dy.contiguous(), sizes, table, tokens, x_row, z_row, c, constants, 2 * limits.multiprocessors
-    )
-    return call, phi
+    tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
+    return Call(
+        inp, gate, dy.contiguous(), sizes, table, launch, x_row, z_row, c, turned, tick, constants,
+        2 * limits.multiprocessors,
+    )  # fmt: skip
 
 
 def _states(
@@ -117,11 +122,11 @@ def _states(
     inp, gate, c, tables = call.inp, call.gate, call.c, call.plan.tables
     vectors, bias = (inp.C, inp.C_bias) if reverse else (inp.B, inp.B_bias)
     states_kernel[(call.sizes.H, segments[1] - segments[0])](
-        inp.x, gate.z, call.dy, inp.theta, vectors, bias, inp.mimo_x, gate.mimo_z, gate.mimo_o, c.decay, c.decay_low,
-        c.weight, c.tick, c.phase, tables.segments, tables.sequences, start, each, end, total, segments[0], c_first,
-        c.decay.shape[1], call.x_row, call.z_row, REVERSE=reverse, SUMMARY=total is not None,
-        HAS_START=start is not None, HAS_END=end is not None, HAS_BIAS=bias is not None, **call.constants,
-        num_warps=WARPS,
+        inp.x, gate.z, call.dy, vectors, bias, inp.mimo_x, gate.mimo_z, gate.mimo_o, c.decay, c.decay_low, c.weight,
+        call.angles.turn, call.angles.phase, tables.segments, tables.sequences, start, each, end, total, segments[0],
+        c_first, c.decay.shape[1], call.x_row, call.z_row, REVERSE=reverse, SUMMARY=total is not None,
+        HAS_START=start is not None, HAS_END=end is not None, HAS_BIAS=bias is not None, STAGES=call.launch.stages,
+        **call.constants, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -163,13 +168,14 @@ def _leaving(call: Call, dS: Tensor | None) -> Tensor | None:
 
 
 class Rows(NamedTuple):
-    """Rows [h, t] in float32: gradients of log alpha, w, gamma, and of tick through B and through C."""
+    """What `gradient_dt` wants, in float32: rows [h, t], kept [c, h] of each chunk, and tick [part, h, t], to be summed."""
 
-    log: Tensor
-    weight: Tensor
+    row: Tensor
+    column: Tensor
+    state: Tensor
     gamma: Tensor
-    tick_B: Tensor
-    tick_C: Tensor
+    kept: Tensor
+    tick: Tensor
 
 
 class Buffers(NamedTuple):
@@ -190,7 +196,8 @@ def _add(call: Call, out: Buffers, name: str, part: Tensor | None) -> None:
         out.parameters[name] = out.parameters[name] + part.sum(0) if name in out.parameters else part.sum(0)
 
 
-def _gradient_x(call: Call, window: Window, S: Tensor, dS: Tensor, out: Buffers) -> None:
+def _gradient_rows(call: Call, window: Window, S: Tensor, dS: Tensor, dB: Tensor, dC: Tensor, out: Buffers) -> None:
+    """What a window's chunks give; the gradients of rotated B and C of each head go to dB and dC [c, h, l r, n]."""
     inp, gate, c, sizes = call.inp, call.gate, call.c, call.sizes
     (c0, c1), H = window.chunks, sizes.H
     like = dict(device=S.device, dtype=torch.float32)
@@ -199,65 +206,81 @@ def _gradient_x(call: Call, window: Window, S: Tensor, dS: Tensor, out: Buffers)
         None if v is None else torch.empty(c1 - c0, H, sizes.R, sizes.P, **like)
         for v in (inp.mimo_x, gate.mimo_z, gate.mimo_o)
     ]
-    gradient_x_kernel[(H, c1 - c0)](
-        inp.x, gate.z, inp.theta, inp.B, inp.C, inp.B_bias, inp.C_bias, inp.mimo_x, gate.mimo_z, gate.mimo_o, inp.D,
-        call.dy, c.decay, c.decay_low, c.weight, c.gamma, c.tick, c.phase, S, dS, call.plan.chunks, out.dx, out.dz,
-        out.rows.log, out.rows.weight, out.rows.gamma, out.turning[c0:], dD, *mimo, c0, c.decay.shape[1],
-        call.x_row, call.z_row, HAS_BIAS_B=inp.B_bias is not None, HAS_BIAS_C=inp.C_bias is not None,
-        HAS_D=inp.D is not None, **call.constants, num_warps=WARPS,
+    gradient_rows_kernel[(H, c1 - c0)](
+        inp.x, gate.z, inp.B, inp.C, inp.B_bias, inp.C_bias, inp.mimo_x, gate.mimo_z, gate.mimo_o, inp.D, call.dy,
+        c.decay, c.decay_low, c.weight, c.gamma, call.angles.turn, call.angles.phase, S, dS, call.plan.chunks, out.dx,
+        out.dz, dB, dC, *out.rows[:5], out.turning, dD, *mimo, c0, window.segments[0], c.decay.shape[1], call.x_row,
+        call.z_row, HAS_BIAS_B=inp.B_bias is not None, HAS_BIAS_C=inp.C_bias is not None, HAS_D=inp.D is not None,
+        **call.constants, num_warps=WARPS,
     )  # fmt: skip
     for name, part in zip(("D", "mimo_x", "mimo_z", "mimo_o"), (dD, *mimo), strict=True):
         _add(call, out, name, part)
 
 
-def _gradient_bc(call: Call, window: Window, S: Tensor, out: Buffers, *, side_B: bool) -> None:
-    inp, gate, c, sizes = call.inp, call.gate, call.c, call.sizes
+def parts_of_channels(sizes: Sizes, launch: BackwardLaunch) -> tuple[int, int, int, int]:
+    """Pairs and unrotated channels a program of gradient_bc, and how many parts of each there are."""
+    U = sizes.N - 2 * sizes.A
+    AB, UB = min(padded(sizes.A), launch.pairs), min(padded(U), launch.rest)
+    return AB, UB, triton.cdiv(sizes.A, AB), triton.cdiv(U, UB)
+
+
+def _gradient_bc(call: Call, window: Window, dB: Tensor, dC: Tensor, out: Buffers, *, leaving: bool) -> None:
+    """From the rows of each head to the gradients of B, C, their biases, theta and tick, for the window's tokens."""
+    inp, c, sizes = call.inp, call.c, call.sizes
     (c0, c1), (t0, t1), per_group = window.chunks, window.tokens, sizes.H // sizes.G
-    heads = max(1, min(HEADS_A_PROGRAM, per_group, (c1 - c0) * sizes.H // (3 * call.programs)))
+    heads = min(per_group, 2 ** (max(1, 2 * (c1 - c0) * sizes.H // call.programs).bit_length() - 1))
     blocks, tokens = triton.cdiv(per_group, heads), t1 - t0
-    like = dict(device=S.device, dtype=torch.float32)
-    own = torch.empty(blocks, tokens * sizes.R, sizes.G, sizes.N, **like)
+    like = dict(device=dB.device, dtype=torch.float32)
+    shared = [v[t0 * sizes.R : t1 * sizes.R] for v in (out.dB, out.dC)]
+    parts = shared if blocks == 1 else [torch.empty(blocks, *v.shape, **like) for v in shared]
     theta = torch.empty(sizes.G * blocks, tokens, sizes.A, **like)
-    bias = inp.B_bias if side_B else inp.C_bias
-    d_bias = None if bias is None else torch.empty(c1 - c0, sizes.H, sizes.R, sizes.N, **like)
-    gradient_bc_kernel[(sizes.G * blocks, c1 - c0)](
-        inp.x, gate.z, inp.theta, inp.B, inp.C, inp.B_bias, inp.C_bias, inp.mimo_x, gate.mimo_z, gate.mimo_o, call.dy,
-        c.decay, c.decay_low, c.weight, c.gamma, c.tick, c.phase, S, out.turning[c0:], call.plan.chunks, own, theta,
-        out.rows.tick_B if side_B else out.rows.tick_C, d_bias, c0, t0, tokens, c.decay.shape[1], call.x_row,
-        call.z_row, HEADS=heads, SIDE_B=side_B, HAS_BIAS_B=inp.B_bias is not None, HAS_BIAS_C=inp.C_bias is not None,
-        **call.constants, num_warps=WARPS,
+    biases = [
+        None if bias is None else torch.empty(c1 - c0, sizes.H, sizes.R, sizes.N, **like)
+        for bias in (inp.B_bias, inp.C_bias)
+    ]
+    AB, UB, pair_parts, rest_parts = parts_of_channels(sizes, call.launch)
+    options = {} if call.launch.registers is None else {"maxnreg": call.launch.registers}
+    gradient_bc_kernel[(sizes.G * blocks, c1 - c0, pair_parts + 2 * rest_parts)](
+        inp.theta, call.tick, inp.B, inp.C, inp.B_bias, inp.C_bias, call.angles.turn, call.angles.phase, dB, dC,
+        out.turning, call.plan.chunks, *parts, theta, out.rows.tick, *biases, c0, t0, tokens, c.decay.shape[1],
+        **{name: call.constants[name] for name in ("H", "G", "R", "RP", "N", "A", "L", "EXACT", "HARDWARE", "DTYPE")},
+        AB=AB, PARTS=pair_parts, UB=UB, HEADS=heads, HAS_BIAS_B=inp.B_bias is not None,
+        HAS_BIAS_C=inp.C_bias is not None, LEAVING=leaving, STAGES=call.launch.stages_bc, num_warps=call.launch.warps,
+        **options,
     )  # fmt: skip
-    (out.dB if side_B else out.dC)[t0 * sizes.R : t1 * sizes.R] = own.sum(0)
-    if side_B:
-        out.dtheta[t0:t1] += theta.sum(0)
-    else:
-        out.dtheta[t0:t1] = theta.sum(0)
-    _add(call, out, "B_bias" if side_B else "C_bias", d_bias)
+    if blocks > 1:
+        for v, part in zip(shared, parts, strict=True):
+            v.copy_(part.sum(0))
+    out.dtheta[t0:t1] = theta.sum(0)
+    for name, part in zip(("B_bias", "C_bias"), biases, strict=True):
+        _add(call, out, name, part)
 
 
 def _windows(call: Call, state: State | None, last: LastState) -> tuple[Buffers, Tensor | None]:
     """What the windows fill, and, where a state was given, the gradient of the state that enters each sequence."""
     inp, sizes = call.inp, call.sizes
-    H, P, N, T = sizes.H, sizes.P, sizes.N, call.c.decay.shape[1]
+    H, P, N, T, row = sizes.H, sizes.P, sizes.N, inp.x.shape[0] * inp.x.shape[1], call.c.decay.shape[1]
     entering, leaving = _entering(call, state), _leaving(call, last.S)
     like = dict(device=inp.x.device, dtype=torch.float32)
-    z = call.gate.z
+    z, chunks, parts = call.gate.z, call.plan.chunks.shape[0], parts_of_channels(sizes, call.launch)[2]
     out = Buffers(
         torch.empty(T, H, P, device=inp.x.device, dtype=inp.x.dtype),
         None if z is None else torch.empty(T, H, P, device=z.device, dtype=z.dtype),
         *(torch.empty(T * sizes.R, sizes.G, N, device=inp.x.device, dtype=inp.x.dtype) for _ in range(2)),
-        torch.empty(T, sizes.A, **like), Rows(*(torch.empty(H, T, **like) for _ in range(5))),
-        torch.empty(call.plan.chunks.shape[0], H, sizes.A, **like), {},
+        torch.empty(T, sizes.A, **like),
+        Rows(*(torch.empty(shape, **like) for shape in [(H, row)] * 4 + [(chunks, H), (parts, H, row)])),
+        torch.empty(chunks, H, sizes.A, **like), {},
     )  # fmt: skip
     first = None if state is None else torch.empty(call.plan.tables.sequences.shape[0], H, P, N, **like)
     count = max(w.chunks[1] - w.chunks[0] for w in call.plan.windows)
-    S, dS = (torch.empty(count, H, P, N, device=inp.x.device, dtype=inp.x.dtype) for _ in range(2))
+    slots = max(w.chunks[1] - w.chunks[0] + w.segments[1] - w.segments[0] for w in call.plan.windows)
+    S, dS = (inp.x.new_empty((slots, H, P, N)) for _ in range(2))
+    dB, dC = (inp.x.new_empty((count, H, call.launch.tokens * sizes.R, N)) for _ in range(2))
     for window in call.plan.windows:
         _states(call, window.segments, window.chunks[0], entering, S, None, None, reverse=False)
         _states(call, window.segments, window.chunks[0], leaving, dS, first, None, reverse=True)
-        _gradient_x(call, window, S, dS, out)
-        _gradient_bc(call, window, S, out, side_B=False)
-        _gradient_bc(call, window, dS, out, side_B=True)
+        _gradient_rows(call, window, S, dS, dB, dC, out)
+        _gradient_bc(call, window, dB, dC, out, leaving=last.S is not None)
     return out, first
 
 
@@ -294,10 +317,10 @@ def _add_turn(call: Call, d_phi: Tensor, boundaries: tuple[int, ...], out: Buffe
     """Every token of a sequence turns its last state, by theta tick: d_phi [s, h, a] of the last state, to both."""
     if not call.sizes.A:
         return
-    theta, tick = call.inp.theta.flatten(0, 1), call.c.tick  # [t, a], [h, t]
+    theta, tick = call.inp.theta.flatten(0, 1), call.tick.flatten(0, 1)  # [t, a], [t, h]
     for d, begin, end in zip(d_phi.double(), boundaries[:-1], boundaries[1:], strict=True):
-        out.dtheta[begin:end] += (tick[:, begin:end].double().T @ d).float()
-        out.rows.tick_B[:, begin:end] += (d @ theta[begin:end].double().T).float()
+        out.dtheta[begin:end] += (tick[begin:end].double() @ d).float()
+        out.rows.tick[0, :, begin:end] += (d @ theta[begin:end].double().T).float()
 
 
 def _given_state(call: Call, state: State, dS: Tensor, d_phi: Tensor | None, out: Buffers) -> tuple[State, Tensor]:
@@ -324,13 +347,14 @@ def _given_state(call: Call, state: State, dS: Tensor, d_phi: Tensor | None, out
 
 def _gradient_dt(call: Call, out: Buffers, d_halo: Tensor | None) -> tuple[Tensor, ...]:
     """Gradients of dt, A, lam and tick (empty where there is none), [t, h]."""
-    inp, (H, T) = call.inp, call.c.decay.shape
+    inp, (H, row), T = call.inp, call.c.decay.shape, call.inp.x.shape[0] * call.inp.x.shape[1]
     d_dt, d_A, d_lam = (torch.empty(T, H, device=inp.dt.device, dtype=torch.float32) for _ in range(3))
     d_tick = torch.zeros_like(d_dt) if inp.tick is not None else d_dt
     HB = min(32, triton.next_power_of_2(H))
     gradient_dt_kernel[(call.plan.chunks.shape[0], triton.cdiv(H, HB))](
-        inp.dt, inp.A, inp.lam, call.plan.chunks, *out.rows, d_halo, d_dt, d_A, d_lam, d_tick, T, H=H, L=call.tokens,
-        HB=HB, HAS_STATE=d_halo is not None, TURNS=call.sizes.A > 0, HAS_TICK=inp.tick is not None, num_warps=4,
+        inp.dt, inp.A, inp.lam, call.c.weight, call.plan.chunks, *out.rows, d_halo, d_dt, d_A, d_lam, d_tick, row, H=H,
+        L=call.launch.tokens, HB=HB, HAS_STATE=d_halo is not None, TURNS=call.sizes.A > 0, HAS_TICK=inp.tick is not None,
+        PARTS=out.rows.tick.shape[0], EXACT=call.constants["EXACT"], num_warps=4,
     )  # fmt: skip
     return d_dt, d_A, d_lam, d_tick
 
@@ -353,9 +377,9 @@ def backward(
     b, t = inp.x.shape[:2]
     boundaries = tuple(range(0, b * t + 1, t)) if cu_seqlens is None else tuple(cu_seqlens)
     with sound_assembler(inp.x.device):
-        call, phi = _prepare(inp, gate, state, boundaries, dy, limits or device_limits(inp.x.device), scratch)
+        call = _prepare(inp, gate, state, boundaries, dy, limits or device_limits(inp.x.device), scratch)
         out, first = _windows(call, state, last)
-        d_phi = _last_token(call, last, phi, out)
+        d_phi = _last_token(call, last, call.angles.phi, out)
         if d_phi is not None:
             _add_turn(call, d_phi, boundaries, out)
         given, d_halo = None, None

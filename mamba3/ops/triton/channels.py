@@ -35,12 +35,12 @@ def columns(N: tl.constexpr, A: tl.constexpr, W: tl.constexpr, NQ: tl.constexpr)
 
 @triton.jit
 def state_tile(
-    S, P: tl.constexpr, PP: tl.constexpr, N: tl.constexpr, A: tl.constexpr, W: tl.constexpr, NQ: tl.constexpr
+    S, rows, P: tl.constexpr, PP: tl.constexpr, N: tl.constexpr, A: tl.constexpr, W: tl.constexpr, NQ: tl.constexpr
 ):
-    """A state [p, n] as a tile; zero where there is no channel."""
+    """A state [p, n] as a tile; zero where there is no channel, and from row `rows` on."""
     o_p = tl.arange(0, PP)
     o_n, m_n = columns(N, A, W, NQ)
-    return tl.load(S + o_p[:, None] * N + o_n[None, :], mask=(o_p < P)[:, None] & m_n[None, :], other=0.0)
+    return tl.load(S + o_p[:, None] * N + o_n[None, :], mask=(o_p < rows)[:, None] & m_n[None, :], other=0.0)
 
 
 @triton.jit

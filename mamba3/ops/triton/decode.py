@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mamba3.ops.triton.decode_ranks import decode_ranks_kernel
 from mamba3.ops.triton.decode_token import EPS, activations, moved_angle, narrow, sigmoid
-from mamba3.ops.triton.launch import padded
+from mamba3.ops.triton.launch import padded, power_of_2
 from mamba3.ops.types import State
 
 
@@ -167,14 +167,14 @@ def decode(row: Tensor, parameters: Parameters, state: State) -> Tensor:
     if q.rank == 1 and q.mimo_x is None:
         decode_kernel[(H, b)](
             row, q.dt_bias, q.B_weight, q.C_weight, q.B_bias, q.C_bias, q.D, state.phi, state.S, state.B_prev,
-            state.x_prev, y, width, NP=triton.next_power_of_2(N), num_warps=2, **constants,
+            state.x_prev, y, width, NP=power_of_2(N), num_warps=2, **constants,
         )  # fmt: skip
         return y
     C_now = torch.empty(b, q.rank, H, N, device=row.device, dtype=row.dtype)
-    half = max(1, triton.next_power_of_2(N) // 2)
+    half = max(1, power_of_2(N) // 2)
     decode_ranks_kernel[(H, b)](
         row, q.dt_bias, q.B_weight, q.C_weight, q.B_bias, q.C_bias, q.mimo_x, q.mimo_z, q.mimo_o, q.D, state.phi,
-        state.S, state.B_prev, state.x_prev, C_now, y, width, R=q.rank, RP=triton.next_power_of_2(q.rank), HALF=half,
+        state.S, state.B_prev, state.x_prev, C_now, y, width, R=q.rank, RP=power_of_2(q.rank), HALF=half,
         W=min(32, half), HAS_MIMO=q.mimo_x is not None, num_warps=4, **constants,
     )  # fmt: skip
     return y

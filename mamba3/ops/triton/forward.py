@@ -12,9 +12,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mamba3.ops.gate import apply_gate
+from mamba3.ops.triton.assembler import sound_assembler
 from mamba3.ops.triton.coefficients import coefficients_kernel, phases_kernel
 from mamba3.ops.triton.last_token import last_token_kernel
-from mamba3.ops.triton.launch import Device, Launch, choose, device_limits, padded, piece, segment_programs
+from mamba3.ops.triton.launch import Device, Launch, choose, device_limits, padded, piece, power_of_2, segment_programs
 from mamba3.ops.triton.output import output_kernel
 from mamba3.ops.triton.segments import merge_kernel, summary_kernel
 from mamba3.ops.triton.tables import Tables, tables
@@ -36,7 +37,7 @@ class Sizes(NamedTuple):
 
     @property
     def RP(self) -> int:
-        return triton.next_power_of_2(self.R)
+        return power_of_2(self.R)
 
     @property
     def W(self) -> int:
@@ -95,6 +96,11 @@ def rows(v: Tensor) -> tuple[Tensor, int]:
     return v.contiguous(), h * p
 
 
+def row_stride(tokens: int) -> int:
+    """Elements of a coefficient's row [h, t]: a multiple of 16, which kernels are compiled for, whatever the length."""
+    return -(-tokens // 16) * 16
+
+
 def _flat(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
@@ -127,7 +133,7 @@ def tiles(inp: Inputs, gate: Gate, sizes: Sizes, launch: Launch, turn: Tensor) -
         L, width = launch.tokens, sizes.G * sizes.N
         for name in ("B", "C"):
             v[name] = TensorDescriptor(v[name], [T * sizes.R, width], [width, 1], [L * sizes.R, sizes.W])
-        v["turn"] = TensorDescriptor(turn, [sizes.H * T, sizes.A], [sizes.A, 1], [L, sizes.A])
+        v["turn"] = TensorDescriptor(turn, [turn.shape[0] * turn.shape[1], sizes.A], [sizes.A, 1], [L, sizes.A])
         for name, row in (("x", x_row), ("z", z_row)):
             if v[name] is not None:
                 v[name] = TensorDescriptor(v[name], [T, sizes.H * sizes.P], [row, 1], [L, sizes.P])
@@ -144,17 +150,18 @@ class Angles(NamedTuple):
 
 def angles(inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | None) -> Angles:
     """The angles of chunks of `chunk` tokens, from phi [s, h, a] before the first token."""
-    T, H, A, exact = inp.x.shape[0] * inp.x.shape[1], sizes.H, sizes.A, inp.x.dtype == torch.float32
+    T, H, A = row_stride(inp.x.shape[0] * inp.x.shape[1]), sizes.H, sizes.A
+    exact = inp.x.dtype == torch.float32
     chunks, sequences, device = table.chunks.shape[0], table.sequences.shape[0], inp.x.device
     phi_out = torch.empty(sequences, H, A, device=device, dtype=torch.float32)
     turn = torch.empty(H, T, A, device=device, dtype=torch.int32 if exact else torch.int16)
     phase = torch.empty(chunks, H, A, device=device, dtype=torch.int32)
     if A:
-        HB, BLOCK = min(8, triton.next_power_of_2(H)), 32
+        HB, BLOCK = min(8, power_of_2(H)), 32
         tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
         turns_kernel[(chunks, triton.cdiv(H, HB))](
             inp.theta.contiguous(), tick, table.chunks, turn, phase, T,
-            H=H, A=A, AP=triton.next_power_of_2(A), L=chunk, LB=8, HB=HB, EXACT=exact, num_warps=1,
+            H=H, A=A, AP=power_of_2(A), L=chunk, LB=8, HB=HB, EXACT=exact, num_warps=1,
         )  # fmt: skip
         phases_kernel[(sequences, triton.cdiv(H * A, BLOCK))](
             phase, phi, table.sequences, phi_out, HA=H * A, CB=64, BLOCK=BLOCK, HAS_PHI=phi is not None, num_warps=4
@@ -166,8 +173,8 @@ def coefficients(
     inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | None, *, backward: bool = False
 ) -> tuple[Coefficients, Tensor]:
     """What every chunk needs before its matrices, and the final phi [s, h, a]."""
-    b, t = inp.x.shape[:2]
-    T, H, A, exact = b * t, sizes.H, sizes.A, inp.x.dtype == torch.float32
+    T, H, A = row_stride(inp.x.shape[0] * inp.x.shape[1]), sizes.H, sizes.A
+    exact = inp.x.dtype == torch.float32
     like = {"device": inp.x.device, "dtype": torch.float32}
     present = (True, exact, not backward, exact and not backward, backward, True, A > 0)
     c = Coefficients(
@@ -175,7 +182,7 @@ def coefficients(
         torch.empty(table.chunks.shape[0], H, A, device=inp.x.device, dtype=torch.int32),
     )  # fmt: skip
     tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
-    HB = min(16, triton.next_power_of_2(H))
+    HB = min(16, power_of_2(H))
     coefficients_kernel[(table.chunks.shape[0], triton.cdiv(H, HB))](
         inp.dt.contiguous(), inp.A.contiguous(), inp.lam.contiguous(), tick, inp.theta.contiguous(), table.chunks,
         c.decay, c.decay_low, c.source, c.source_low, c.weight, c.gamma, c.tick, c.phase, T,
@@ -210,14 +217,14 @@ def entering_states(
     if table.split:
         summary_kernel[(H, count)](
             v["x"], v["B"], _parameter(inp.B_bias), _parameter(inp.mimo_x), c.decay, c.decay_low, c.source, c.source_low,
-            v["turn"], phase, table.segments, S, total, inp.x.shape[0] * inp.x.shape[1], v["x_row"], **options,
+            v["turn"], phase, table.segments, S, total, c.decay.shape[1], v["x_row"], **options,
         )  # fmt: skip
     given = State(*(_flat(v) for v in state)) if state is not None else State(S, S, S, S)
-    PB = min(16, triton.next_power_of_2(P))
+    PB = min(16, power_of_2(P))
     merge_kernel[(H, table.sequences.shape[0], triton.cdiv(P, PB))](
         S, total, given.S, given.x_prev, given.B_prev, _parameter(inp.mimo_x), inp.dt.contiguous(),
         inp.lam.contiguous(), table.sequences, table.sequence_segments,
-        H=H, R=sizes.R, P=P, PB=PB, N=N, NP=triton.next_power_of_2(N), HAS_STATE=state is not None,
+        H=H, R=sizes.R, P=P, PB=PB, N=N, NP=power_of_2(N), HAS_STATE=state is not None,
         HAS_MIMO_X=inp.mimo_x is not None, num_warps=4,
     )  # fmt: skip
     return S
@@ -252,8 +259,15 @@ def scan(
 
     wide: y in float32, for a norm that follows.
     """
+    with sound_assembler(inp.x.device):
+        return _scan(inp, gate, state, cu_seqlens, launch, limits or device_limits(inp.x.device), wide)
+
+
+def _scan(
+    inp: Inputs, gate: Gate, state: State | None, cu_seqlens: list[int] | None, launch: Launch | None, limits: Device,
+    wide: bool,
+) -> ScanOutput:  # fmt: skip
     b, t, H, P = inp.x.shape
-    limits = limits or device_limits(inp.x.device)
     sizes = Sizes(H, inp.B.shape[-2], inp.rank, P, inp.B.shape[-1], inp.theta.shape[-1])
     boundaries = tuple(range(0, b * t + 1, t)) if cu_seqlens is None else tuple(cu_seqlens)
     launch = launch or choose(limits, inp.x.dtype, inp.rank, suits_bulk(inp, gate, sizes, boundaries))
@@ -278,10 +292,10 @@ def scan(
     output_kernel[(H, table.segments.shape[0])](
         v["x"], v["z"] if fused else None, v["B"], v["C"], _parameter(inp.B_bias), _parameter(inp.C_bias),
         _parameter(inp.mimo_x), _parameter(gate.mimo_z), _parameter(gate.mimo_o), _parameter(inp.D),
-        c.decay, c.decay_low, c.source, c.source_low, c.gamma, v["turn"], phase, S_in, table.segments, y, S, b * t,
-        v["x_row"], v["z_row"], HAS_BIAS_C=inp.C_bias is not None, HAS_MIMO_Z=fused and gate.mimo_z is not None,
-        HAS_MIMO_O=fused and gate.mimo_o is not None, HAS_D=inp.D is not None, HAS_Z=fused, HAS_S=S_in is not None,
-        **options,
+        c.decay, c.decay_low, c.source, c.source_low, c.gamma, v["turn"], phase, S if S_in is None else S_in,
+        int(S_in is not None), table.segments, y, S, c.decay.shape[1], v["x_row"], v["z_row"],
+        HAS_BIAS_C=inp.C_bias is not None, HAS_MIMO_Z=fused and gate.mimo_z is not None,
+        HAS_MIMO_O=fused and gate.mimo_o is not None, HAS_D=inp.D is not None, HAS_Z=fused, **options,
     )  # fmt: skip
     if gate.z is not None and not fused:
         y = apply_gate(y, gate).to(inp.x.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
 
 class Launch(NamedTuple):
@@ -39,14 +38,19 @@ def device_limits(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, shared, capability)
 
 
+def power_of_2(size: int) -> int:
+    """The smallest power of two that holds `size` >= 1. Triton's own is a function of its language, and takes 7 us."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded(size: int) -> int:
     """The smallest power of two that holds `size` and that a matrix product takes."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_2(max(1, size)))
 
 
 def piece(N: int, A: int) -> int:
     """Width of the pieces in which `channels` holds N channels with A rotated pairs."""
-    return max(8, triton.next_power_of_2(max(A, -(-(N - 2 * A) // 2), 1)))
+    return max(8, power_of_2(max(A, -(-(N - 2 * A) // 2), 1)))
 
 
 def choose(limits: Device, dtype: torch.dtype, rank: int, bulk: bool) -> Launch:
@@ -57,11 +61,40 @@ def choose(limits: Device, dtype: torch.dtype, rank: int, bulk: bool) -> Launch:
     goes into products without matrix instructions. The copy engine is for one rank (with four it gains nothing: 1.84 against
     1.86 ms in batch, 2.37 against 2.30 on one sequence) and for Hopper, where it was measured.
     """
-    tokens = max(16, (32 if dtype == torch.float32 else 64) // triton.next_power_of_2(rank))
+    tokens = max(16, (32 if dtype == torch.float32 else 64) // power_of_2(rank))
     ahead = limits.nvidia and limits.shared_bytes >= 96 * 1024 and dtype != torch.float32
     return Launch(
         tokens, num_warps=4, stages=2 if ahead else 1, bulk=ahead and bulk and rank == 1 and limits.capability[0] == 9
     )
+
+
+class BackwardLaunch(NamedTuple):
+    """Tokens a chunk; stages of `states_kernel`; of `gradient_bc_kernel` the rotated pairs and the unrotated channels that a
+    program sums, its warps, stages, and a limit on registers (None: the compiler's)."""
+
+    tokens: int
+    stages: int
+    pairs: int
+    rest: int
+    warps: int
+    stages_bc: int
+    registers: int | None
+
+
+def choose_backward(limits: Device, dtype: torch.dtype, rank: int) -> BackwardLaunch:
+    """The backward pass. 64 rows (32 in float32) need 104 KB of shared memory on Hopper and 66 on devices before it; where
+    there is less, half as many.
+
+    gradient_bc, H100, (8, 2048): with 128 registers more programs share a multiprocessor, which is worth their spills (one
+    rank 0.47 ms, 0.56 with 168 registers; 0.64 at 255 and 8 warps). Four ranks want 8 warps (3.17 ms, 3.48 with 4).
+    """
+    hopper = limits.capability[0] == 9 and dtype != torch.float32
+    ahead = limits.nvidia and limits.shared_bytes >= 96 * 1024 and dtype != torch.float32
+    rows = 32 if dtype == torch.float32 or limits.shared_bytes < 96 * 1024 else 64
+    tokens, registers = max(16, rows // power_of_2(rank)), 128 if hopper else None
+    if rank == 1:
+        return BackwardLaunch(tokens, 2 if ahead else 1, 16, 64, 4, 2 if ahead else 1, registers)
+    return BackwardLaunch(tokens, 2 if ahead else 1, 32, 64, 8, 1, registers)
 
 
 def segment_programs(limits: Device, nheads: int) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mamba3.ops.triton.angles import exp2, silu
+from mamba3.ops.triton.angles import exp2, rounded_product, silu
 from mamba3.ops.triton.channels import (
     head_channels,
     of_tokens,
@@ -26,17 +26,21 @@ from mamba3.ops.triton.channels import (
 from mamba3.ops.triton.tiles import product
 
 
-@triton.jit
+# has_state is a value, not a case: a length that is not cut into segments needs no compilation of its own.
+@triton.jit(do_not_specialize=["has_state"])
 def output_kernel(
     x, z, B, C, B_bias, C_bias, mimo_x, mimo_z, mimo_o, D, decay, decay_low, source, source_low, gamma, turn, phase,
-    S_in, segments, y, S_out, T, x_row, z_row,
+    S_in, has_state, segments, y, S_out, T, x_row, z_row,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
     N: tl.constexpr, A: tl.constexpr, W: tl.constexpr, NQ: tl.constexpr, L: tl.constexpr,
     HAS_BIAS_B: tl.constexpr, HAS_BIAS_C: tl.constexpr, HAS_MIMO_X: tl.constexpr, HAS_MIMO_Z: tl.constexpr,
-    HAS_MIMO_O: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_S: tl.constexpr,
+    HAS_MIMO_O: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     EXACT: tl.constexpr, HARDWARE: tl.constexpr, BULK: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One program a (head, segment). segments [k, 5]: first token, end, first chunk, sequence, where its state goes or -1."""
+    """One program a (head, segment). segments [k, 5]: first token, end, first chunk, sequence, where its state goes or -1.
+
+    has_state: whether S_in [k, h, p, n] is read, or the states are zero. T: elements of a row of a coefficient.
+    """
     i_h, i_k = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(segments + i_k * 5), tl.load(segments + i_k * 5 + 1)
     first_chunk, i_out = tl.load(segments + i_k * 5 + 2), tl.load(segments + i_k * 5 + 4)
@@ -44,10 +48,8 @@ def output_kernel(
     COARSE: tl.constexpr = DTYPE == tl.bfloat16  # noqa: SIM300, a constant of the kernel beside one of the language
     o_row, o_p = tl.arange(0, L * RP), tl.arange(0, PP)
     o_l = o_row // RP
-    if HAS_S:
-        b_S = state_tile(S_in + (i_k.to(tl.int64) * H + i_h) * (P * N), P, PP, N, A, W, NQ)
-    else:
-        b_S = tl.zeros((PP, NQ), tl.float32)
+    rows = tl.where(has_state > 0, P, 0)
+    b_S = state_tile(S_in + (i_k.to(tl.int64) * H + i_h) * (P * N), rows, P, PP, N, A, W, NQ)
 
     for i in tl.range(0, tl.cdiv(end - begin, L), num_stages=STAGES):
         i_t, i_c = begin + i * L, first_chunk + i
@@ -104,7 +106,11 @@ def output_kernel(
             b_gate = silu(b_z, HARDWARE, COARSE)
             if HAS_MIMO_O:
                 b_gate *= b_mimo_o
-            b_y = tl.sum(tl.reshape(b_y, (L, RP, PP)) * b_gate, axis=1)
+            b_y = tl.reshape(b_y, (L, RP, PP))
+            if RP > 1:  # noqa: SIM108, the compiler drops the other branch
+                b_y = tl.sum(rounded_product(b_y, b_gate, HARDWARE), axis=1)
+            else:
+                b_y = tl.sum(b_y * b_gate, axis=1)
             o_t = tl.arange(0, L)
             p_y = y + (i_t.to(tl.int64) * H + i_h) * P + (o_t[:, None] * (H * P) + o_p[None, :])
             m_t = i_t + o_t < end

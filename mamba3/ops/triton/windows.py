@@ -25,7 +25,7 @@ class Window(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """tables; windows; chunks [c, 4] int32: first token, its sequence's end and begin, and the sequence."""
+    """tables; windows; chunks [c, 5] int32: first token, its sequence's end and begin, the sequence, the segment."""
 
     tables: Tables
     windows: tuple[Window, ...]
@@ -55,7 +55,7 @@ def plan(boundaries: tuple[int, ...], chunk: int, programs: int, most: int, devi
     )
     sequences = host.sequences.long()
     owner = torch.repeat_interleave(torch.arange(len(sequences)), sequences[:, 1])
-    chunks = (
-        torch.stack([host.chunks[:, 0], host.chunks[:, 1], sequences[owner, 2], owner], 1).to(torch.int32).to(device)
-    )
+    segment = torch.repeat_interleave(torch.arange(len(ranges)), torch.tensor(edges).diff())
+    columns = [host.chunks[:, 0], host.chunks[:, 1], sequences[owner, 2], owner, segment]
+    chunks = torch.stack(columns, 1).to(torch.int32).to(device)
     return Plan(tables(boundaries, chunk, wanted, device), windows, chunks)

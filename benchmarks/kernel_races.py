@@ -1,0 +1,127 @@
+"""Races of the kernels: the scan forward and backward beside its rivals, and a layer's decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.checks import distance
+from benchmarks.cuda import Contestant, graphed, race
+from benchmarks.kernel_sizes import D_MODEL, HEADDIM, STATE, floors, inputs
+from benchmarks.rivals import Prepared, passes, rivals
+from mamba3 import ops
+from mamba3.nn.mixer import Mamba3
+from mamba3.ops.types import State
+
+OURS = "triton"
+# How far the y of the PyTorch path, which is asked at the first shape alone, may lie from ours: both round to bfloat16.
+AGREE = 1e-2
+STEPS = 20  # decode steps a graph
+Say = Callable[[str], None]
+
+
+def _scan(values: dict[str, Any], impl: Any) -> Callable[..., Tensor]:
+    names = list(values)
+    return lambda *v: ops.scan(**dict(zip(names, v, strict=True)), impl=impl).y
+
+
+class Settings(NamedTuple):
+    """What is raced: shapes by rank and batches of a step; rounds; seconds a rival may take to be ready, None for no rivals;
+    what came of compiling them ahead; whether the PyTorch path is timed too; the measured `ceilings`."""
+
+    shapes: Mapping[int, Sequence[tuple[int, int]]]
+    batches: Sequence[int]
+    rounds: int
+    limit_s: float | None
+    prepared: Prepared
+    chunked: bool
+    top: dict[str, float]
+
+
+def scans(backward: bool, settings: Settings, say: Say) -> list[dict[str, Any]]:
+    """Forward, or forward and backward, at the sizes of the 1.5B layer."""
+    rows = []
+    for r, shapes in settings.shapes.items():
+        for b, t in shapes:
+            values = inputs(b, t, r, torch.bfloat16)
+            contestants = {OURS: passes(_scan(values, "triton"), list(values.values()), backward)}
+            if settings.chunked and (b, t) == shapes[0]:
+                contestants["chunked"] = passes(_scan(values, "chunked"), list(values.values()), backward)
+                _require_agreement(values)
+            others, left_out = {}, {}
+            if settings.limit_s is not None:
+                others, left_out = rivals(r, b, t, backward, settings.limit_s, settings.prepared)
+            times, without = race(contestants | others, OURS, settings.rounds)
+            floor = floors(b, t, r, backward, settings.top)
+            row = {"rank": r, "batch": b, "tokens": t, "times": times, "left_out": left_out | without, "floors": floor}
+            if OURS in times:
+                row["roofline"] = max(floor.values()) / times[OURS]["ms"]["median"]
+            rows.append(row)
+            say(_line(f"{'forward + backward' if backward else 'forward'} R={r} ({b}, {t})", row))
+            del values, contestants, others
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _require_agreement(values: dict[str, Any]) -> None:
+    with torch.no_grad():
+        apart = distance(ops.scan(**values, impl="triton").y, ops.scan(**values, impl="chunked").y)
+    if not apart <= AGREE:
+        shape = tuple(values["x_bthp"].shape)
+        raise ValueError(f"at {shape} the kernels' y and the PyTorch path's lie {apart:.1e} apart; nothing is timed.")
+
+
+def _line(title: str, row: dict[str, Any]) -> str:
+    each = (f"{name} {v['ms']['median']:.3f} ms, host {v['host_ms']:.2f}, {v['peak_GiB']:.2f} GiB" for name, v in
+            row["times"].items())  # fmt: skip
+    share = f"; {row['roofline']:.0%} of the roofline" if "roofline" in row else ""
+    return f"{title}: {'; '.join(each)}{share}; left out: {row['left_out'] or 'none'}"
+
+
+@torch.no_grad()
+def decode(settings: Settings, say: Say) -> list[dict[str, Any]]:
+    """One step of the 1.5B layer, projections included, and its kernel alone, as CUDA graphs of many steps."""
+    rows = []
+    for r in settings.shapes:
+        layer = Mamba3(D_MODEL, d_state=STATE, headdim=HEADDIM, mimo_rank=r, device="cuda", dtype=torch.bfloat16)
+        weights = layer.in_proj.weight.nbytes + layer.out_proj.weight.nbytes
+        for b in settings.batches:
+            for kept in (torch.float32, torch.float16, torch.bfloat16):
+                state = State(*(torch.randn_like(v) for v in layer.init_state(b)[:4]))
+                state = state._replace(S=state.S.to(kept))
+                u = torch.randn(b, D_MODEL, device="cuda", dtype=torch.bfloat16)
+                row = layer.in_proj(u)
+                graphs = {
+                    "layer": graphed(lambda layer=layer, u=u, state=state: layer.step(u, state), STEPS),
+                    "kernel": graphed(lambda layer=layer, row=row, state=state: layer._decode(row, state), STEPS),
+                }
+                seen, _ = race({name: Contestant(graph) for name, graph in graphs.items()}, "layer", settings.rounds)
+                times = {name: {k: ms / STEPS for k, ms in v["ms"].items()} for name, v in seen.items()}
+                moved = 2 * state.S.nbytes
+                floor = {
+                    name: v / settings.top["copy_TBs"] / 1e9
+                    for name, v in (("layer", moved + weights), ("kernel", moved))
+                }
+                state_name = str(kept).removeprefix("torch.")
+                rows.append({"rank": r, "batch": b, "state": state_name, "times_ms": times, "floors_ms": floor})
+                say(f"decode R={r} B={b} {state_name}: "
+                    + ", ".join(f"{k} {v['median']:.4f} ms (floor {floor[k]:.4f})" for k, v in times.items()))  # fmt: skip
+                del graphs, state
+    return rows
+
+
+def profile(b: int, t: int, r: int, backward: bool) -> dict[str, float]:
+    """Microseconds of each kernel in one call, the longest first."""
+    values = inputs(b, t, r, torch.bfloat16)
+    contestant = passes(_scan(values, "triton"), list(values.values()), backward)
+    for _ in range(2):
+        contestant.run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(3):
+            contestant.run()
+        torch.cuda.synchronize()
+    times = {e.key[:60]: e.self_device_time_total / 3 for e in seen.key_averages() if e.self_device_time_total}
+    return dict(sorted(times.items(), key=lambda item: -item[1])[:14])
