@@ -2,7 +2,7 @@
 
 The yardstick is the error of the chunked path's own gradients in the same dtype: the kernels' may be twice that, each
 gradient for itself. Errors are roots of the mean square over random draws, several where a gradient has few elements: the
-error of twenty numbers in one draw is luck (in float16 the kernels' lies between 0.2 and 4.8 times chunked's then).
+error of twenty numbers in one draw is luck (one of 16 draws in float16 has a ratio of 4.8, half have less than 0.83).
 """
 
 import pytest
@@ -79,17 +79,19 @@ def assert_within_twice_the_chunked_error(values, state=None, cu_seqlens=None, m
     return ours[0]
 
 
+DRAWS = {"mimo, no rotation": 8}  # of shapes whose smallest gradients have few elements
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_are_those_of_the_reference(shape, dtype):
     s = SHAPES[shape] if shape != "one token" else Sizes(b=8, t=1, per_group=4, p=8, n=8, a=2)
-    few = s.t * s.h * s.p < 500
     (values, state), *more = (
         (
             place(inputs(s, dtype=dtype, tick=shape == "siso")),
             random_state(s, dtype=dtype).to(DEVICE) if shape != "siso" else None,
         )
-        for _ in range(12 if few else 1)
+        for _ in range(DRAWS.get(shape, 1))
     )
     assert_within_twice_the_chunked_error(values, state, more=more)
 

@@ -4,7 +4,8 @@
     turns          the angle of each token in its chunk; coefficients' phases: the chunks' sums along each sequence
     segments       what each segment of a long sequence does to the state, and the state that enters it
     output         the fused pass: rotate, score, read out, skip, gate, pass the state on
-    backward       from the inputs alone: states of each chunk in both directions of time, gradient_x, gradient_bc, gradient_dt
+    backward       from the inputs alone: states (of each chunk, in both directions of time), gradient_rows, gradient_bc,
+                   gradient_dt
     last_token     B and x of a sequence's last token, for the state
     decode         one token between the two projections of a layer, in one kernel; decode_ranks for more than one rank
 
