@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "ops": {"ops"},
     "nn": {"ops", "nn"},
     "lm": {"ops", "nn", "lm"},
-    "convert": {"ops", "nn", "lm", "convert"},
+    "convert": {"ops", "nn", "lm", "text", "convert"},
     "hf": {"ops", "nn", "lm", "hf"},
     "export": {"ops", "nn", "lm", "export"},
     "text": {"text"},
