@@ -65,12 +65,13 @@ class Runner:
         bounds = torch.tensor([0, *counts]).cumsum(0).tolist()
         ids = torch.cat([self._ids(*piece) for piece in pieces])[None]
         state = LMState.cat([self._state(sequence) for sequence, _ in pieces])
+        lengths = state.tokens.tolist()  # a pack's caches have room for its longest, which the others do not keep
         last_only = not any(sequence.wants_prompt_logprobs for sequence, _ in pieces)
         logits, after = self.model.prefill(ids, state, bounds, last_only=last_only)
         logits = logits[..., : self._vocabulary]
         found = []
         for i, (sequence, count) in enumerate(pieces):
-            self._move(sequence, count, after.select([i]))
+            self._move(sequence, count, after.select([i]).trim(lengths[i] + count))
             every = logits[i] if last_only else logits[0, bounds[i] : bounds[i + 1]]
             found.append(every if sequence.wants_prompt_logprobs else every[-1:])
         return found

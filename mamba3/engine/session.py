@@ -172,15 +172,18 @@ def _check_record(session: Session, model: Mamba3LM) -> None:
 
 def _fitted(tensors: dict[str, Tensor], prefix: str, model: Mamba3LM, end: int) -> dict[str, Tensor]:
     """The tensors of a state in the model's dtypes and on its device, if they have the names and shapes of the model's and
-    have read at most `end` tokens."""
+    have read at most `end` tokens; all are finite."""
     template, count = model.init_state(1).tensors(prefix), tensors.get(f"{prefix}tokens", torch.empty(0))
-    fits = template.keys() == tensors.keys() and count.shape == (1,) and 0 <= int(count) <= end
+    fits = template.keys() == tensors.keys() and count.shape == (1,) and 0 <= float(count) <= end
     for name, value in template.items() if fits else ():
         shape = list(value.shape)
         if name.endswith((".k", ".v")):  # a cache has a place for each token
             shape[1] = int(count)
         fits = fits and list(tensors[name].shape) == shape
-        fits = fits and (not name.endswith(".length") or int(tensors[name]) == int(count))
+        fits = fits and (not name.endswith(".length") or float(tensors[name]) == int(count))
     if not fits:
         raise ValueError("The states in the file do not fit this model or their session; it was made by another model.")
-    return {name: tensors[name].to(value.device, value.dtype) for name, value in template.items()}
+    fitted = {name: tensors[name].to(value.device, value.dtype) for name, value in template.items()}
+    if not all(bool(value.isfinite().all()) for value in fitted.values()):
+        raise ValueError("The states in the file must be finite numbers; some are infinite or NaN.")
+    return fitted

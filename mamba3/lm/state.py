@@ -49,6 +49,10 @@ class LMState:
         index = torch.as_tensor(index, device=self.tokens.device)
         return self._map(lambda layer: layer.select(index), self.tokens.index_select(0, index))
 
+    def trim(self, used: int) -> LMState:
+        """The same states when the longest sequence is known to have `used` tokens: caches without room for longer ones."""
+        return self._map(lambda layer: layer.trim(used) if isinstance(layer, AttentionState) else layer, self.tokens)
+
     @classmethod
     def cat(cls, states: Sequence[LMState]) -> LMState:
         """The sequences of several states in one, in order; caches of different lengths get equal room. A copy."""

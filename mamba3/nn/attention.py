@@ -44,6 +44,12 @@ class AttentionState(NamedTuple):
         index = torch.as_tensor(index, device=self.k.device)
         return self._map(lambda v: v.index_select(0, index))
 
+    def trim(self, used: int) -> AttentionState:
+        """The same caches when the longest is known to be `used`, in no more pages than that takes."""
+        pages = whole_pages(used)
+        k, v = (w[:, :pages].clone() if w.shape[1] > pages else w for w in (self.k, self.v))
+        return AttentionState(k, v, self.length, used)
+
     @staticmethod
     def cat(states: Sequence[AttentionState]) -> AttentionState:
         """The caches of several sequences, in order, with room for the longest. A copy."""

@@ -9,6 +9,7 @@ them steps that change nothing (alpha = 1, gamma = halo = 0, no rotation).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,17 +83,22 @@ class Chunks:
 
     def sums_along_sequences(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """v [k, ...] summed over the chunks before each one in its sequence, [k, ...], and over all of them, [s, ...]."""
-        if self.sequence is None:
+        if self.order is None:
             by_rank = v.unflatten(0, (len(self.running), self.running[0]))
             sums = by_rank.cumsum(0)
             return (sums - by_rank).flatten(0, 1), sums[-1]
-        in_order = torch.argsort(self.sequence, stable=True)
-        v = v.index_select(0, in_order)
-        sums = F.pad(v.cumsum(0), (0, 0) * (v.ndim - 1) + (1, 0))
-        ends = F.pad(torch.bincount(self.sequence).cumsum(0), (1, 0))
-        start = sums.index_select(0, ends[:-1])
-        before = sums[:-1] - start.index_select(0, self.sequence.index_select(0, in_order))
-        return before.index_select(0, torch.argsort(in_order)), sums.index_select(0, ends[1:]) - start
+        # Each sequence has sums of its own: a difference of sums over the pack would pass on what is not finite.
+        carry = torch.zeros_like(v[: self.running[0]])
+        before, ended, start = [], [], 0
+        for n, ranks in itertools.groupby(self.running):
+            count = len(list(ranks))
+            block = v[start : start + count * n].unflatten(0, (count, n))
+            sums = carry[:n] + block.cumsum(0)
+            before.append((sums - block).flatten(0, 1))
+            ended.append(carry[n:])
+            carry, start = sums[-1], start + count * n
+        after = torch.cat([carry, *reversed(ended)])
+        return torch.cat(before), after.index_select(0, torch.argsort(self.order))
 
     def put(self, blocks: list[Tensor]) -> Tensor:
         """The inverse of `pieces`: [k, l, ...] pieces to [b, t, ...]."""

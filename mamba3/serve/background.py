@@ -32,6 +32,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._mail: dict[str, tuple[asyncio.AbstractEventLoop, Mail]] = {}
         self._stopping = threading.Event()
+        self._closed, self._taking = False, threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -42,7 +43,6 @@ class EngineThread:
         self._stopping.set()
         self._commands.put(lambda: None)
         self._thread.join()
-        self._fail(EngineFailed("The server is shutting down."))
 
     @property
     def alive(self) -> bool:
@@ -54,7 +54,10 @@ class EngineThread:
         added: Future[None] = Future()
         self._mail[request.id] = (loop, mail)
         try:
-            self._commands.put(lambda: self._add(request, added))
+            with self._taking:
+                if self._closed:
+                    raise self._ended()
+                self._commands.put(lambda: self._add(request, added))
             await asyncio.wrap_future(added)
             while left:
                 output = await mail.get()
@@ -71,6 +74,8 @@ class EngineThread:
         if not added.set_running_or_notify_cancel():
             return  # whoever asked has gone
         try:
+            if self._closed:
+                raise self._ended()
             self.engine.add(request)
         except Exception as error:  # noqa: BLE001 (it is the caller's)
             added.set_exception(error)
@@ -78,9 +83,30 @@ class EngineThread:
             added.set_result(None)
 
     def _drop(self, request_id: str) -> None:
-        self.engine.abort(request_id)
+        if not self._closed:
+            self.engine.abort(request_id)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException:  # noqa: BLE001 (whatever it was, those who wait must be told)
+            _log.exception("the engine's thread died; nothing is served any more")
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Nothing is taken any more, and whoever waits is told."""
+        with self._taking:  # what was asked before is in the queue, what comes after is refused
+            self._closed = True
+        while not self._commands.empty():
+            self._commands.get()()
+        self._fail(self._ended())
+
+    def _ended(self) -> EngineFailed:
+        stopped = self._stopping.is_set()
+        return EngineFailed("The server is shutting down." if stopped else "The engine has died; its log says why.")
+
+    def _serve(self) -> None:
         while not self._stopping.is_set():
             self._obey()
             if not self.engine.busy:

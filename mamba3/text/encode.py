@@ -1,5 +1,6 @@
 """Text to tokens, as training and serving read it, and the bytes that a token stands for."""
 
+import threading
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,6 +11,10 @@ END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 # A longer text is encoded in parts that end at a line: an encoding of many megabytes takes a hundred times its size.
 _PART = 262_144
+# By id, the tokenizer (kept alive, so that no other gets its id), the size of its vocabulary then, and its copy.
+_LITERAL: dict[int, tuple[Tokenizer, int, Tokenizer]] = {}
+_LITERAL_LOCK = threading.Lock()
+_LITERALS_KEPT = 4
 
 
 def end_of_text(tokenizer: Tokenizer) -> int:
@@ -26,14 +31,25 @@ def end_of_text(tokenizer: Tokenizer) -> int:
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """The tokens of each text. A special token that is spelled out in a text is text here, not a separator."""
     parts = [list(split_text(text)) for text in texts]
-    literal = tokenizer.encode_special_tokens
-    tokenizer.encode_special_tokens = True
-    try:
-        encodings = tokenizer.encode_batch_fast([p for ps in parts for p in ps], add_special_tokens=False)
-    finally:
-        tokenizer.encode_special_tokens = literal
+    encodings = _literal(tokenizer).encode_batch_fast([p for ps in parts for p in ps], add_special_tokens=False)
     remaining = iter(encodings)
     return [np.array([i for _ in ps for i in next(remaining).ids], dtype=np.int64) for ps in parts]
+
+
+def _literal(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy to which special tokens are text, made once. The tokenizer itself is shared by threads and never changed."""
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    with _LITERAL_LOCK:
+        known = _LITERAL.get(id(tokenizer))
+        if known is not None and known[0] is tokenizer and known[1] == size:
+            return known[2]
+        copy = Tokenizer.from_str(tokenizer.to_str())
+        copy.encode_special_tokens = True
+        _LITERAL.pop(id(tokenizer), None)
+        while len(_LITERAL) >= _LITERALS_KEPT:
+            del _LITERAL[next(iter(_LITERAL))]
+        _LITERAL[id(tokenizer)] = (tokenizer, size, copy)
+        return copy
 
 
 def split_text(text: str) -> Iterable[str]:

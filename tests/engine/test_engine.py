@@ -3,13 +3,17 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba3.engine import LLM, Engine, EngineConfig, QueueFull, Request, SamplingParams
+from mamba3.engine.runner import Runner
+from mamba3.engine.sequence import Sequence
 from mamba3.engine.state_pool import StatePool
+from mamba3.nn.attention import AttentionState, whole_pages
 from mamba3.text.encode import encode
 from mamba3.train.tokenizer import byte_tokenizer, train_bpe
 from tests.engine.cases import Arrival, arrivals, configs, greedy, model, play, prompts
@@ -339,6 +343,20 @@ def test_a_prompt_may_only_be_read():
         (result,) = llm.generate([[1, 2, 3, 4]], params)
         assert result.completions[0].tokens == [] and len(result.prompt_logprobs) == 4
         assert result.completions[0].finish_reason == "length"
+
+
+def test_a_cache_is_no_longer_than_its_sequence_whoever_it_was_read_with():
+    runner, counts = Runner(model("hybrid"), exact=False), [70, 3]
+    pieces = [
+        (Sequence(Request(id=str(i), tokens=[1]), 0, np.ones(3 * count, dtype=np.int64), None), count)
+        for i, count in enumerate(counts)
+    ]
+    for turn in (1, 2, 3):
+        runner.read(pieces)
+        for sequence, count in pieces:
+            for cache in (layer for layer in sequence.state.layers if isinstance(layer, AttentionState)):
+                assert cache.used == int(cache.length) == turn * count
+                assert cache.k.shape[1] <= whole_pages(cache.used)
 
 
 def test_a_hybrid_ends_at_max_length():

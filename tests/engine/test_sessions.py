@@ -191,6 +191,10 @@ def test_imports_are_checked_against_the_model():
             tensors = {n: v for n, v in good.items() if n != name} | ({} if bad is None else {name: bad})
             with pytest.raises(ValueError, match=r"session|tokens|states"):
                 Session.from_tensors(tensors, model("hybrid"))
+    for name in filter(lambda name: name.endswith(numbers), good):
+        for bad in (torch.nan, torch.inf):
+            with pytest.raises(ValueError, match="must be finite"):
+                Session.from_tensors(good | {name: torch.full_like(good[name], bad)}, model("hybrid"))
     with pytest.raises(ValueError, match="do not fit"):
         Session.from_tensors(good, model("siso"))
 

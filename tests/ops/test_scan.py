@@ -104,13 +104,15 @@ def test_packed_is_separate_states_included(s, lengths, impl):
     assert max(distance(g, true) for g, true in zip(ours, truth, strict=True)) < EXACT
 
 
-def test_a_nan_in_one_sequence_of_a_pack_reaches_no_other():
+@pytest.mark.parametrize("name", ["x_bthp", "theta_bta"])
+def test_a_nan_in_one_sequence_of_a_pack_reaches_no_other(name):
     s = Sizes(b=1, t=100, r=2)
     values = inputs(s)
-    values["x_bthp"][:, 30:40] = torch.nan
+    values[name][:, 30:40] = torch.nan
     pack = scan(**values, cu_seqlens=[0, 30, 40, 100])
     assert pack.y[:, :30].isfinite().all() and pack.y[:, 40:].isfinite().all()
-    assert pack.state.S[[0, 2]].isfinite().all() and pack.state.S[1].isnan().any()
+    assert all(part[[0, 2]].isfinite().all() for part in pack.state[:4])
+    assert pack.state.S[1].isnan().any()
 
 
 @given(sizes(max_tokens=65))

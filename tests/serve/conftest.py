@@ -43,7 +43,7 @@ class Server:
             self.clients[key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
         return self.clients[key]
 
-    def call(self, method, path, body=None, key=None, data=None):
+    def call(self, method, path, body=None, key=None, data=None, timeout=60):
         """(status, headers, JSON or bytes) without the client."""
         import urllib.error
         import urllib.request
@@ -52,7 +52,7 @@ class Server:
         data = data if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
                 status, found, raw = response.status, response.headers, response.read()
         except urllib.error.HTTPError as error:
             with error:

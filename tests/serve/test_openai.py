@@ -281,6 +281,21 @@ def test_a_step_that_fails_ends_its_requests_and_no_more(monkeypatch):
         assert server.client().completions.create(model=MODEL, prompt="x", max_tokens=5).usage.completion_tokens == 5
 
 
+def test_an_engine_that_dies_leaves_nobody_waiting(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("secret detail")
+
+    with served() as server:
+        monkeypatch.setattr(server.service.engine._runner, "read", fail)
+        monkeypatch.setattr(server.service.engine, "reset", fail)
+        for _ in range(2):  # one that was under way, and one that comes after
+            status, _, body = server.call(
+                "POST", "/v1/completions", {"model": MODEL, "prompt": "x", "max_tokens": 5}, timeout=10
+            )
+            assert status == 503 and "engine has died" in body["error"]["message"]
+        assert server.call("GET", "/health")[0] == 503
+
+
 def test_logs_tell_no_prompts(server, caplog):
     with caplog.at_level("INFO", "mamba3.serve"):
         server.client().completions.create(model=MODEL, prompt="my secret", max_tokens=3)

@@ -163,6 +163,29 @@ def test_store_is_reused_rebuilt_when_stale_and_mended_when_cut_short(tmp_path):
     assert [p.name for p in (tmp_path / "data").iterdir()] == [other.key]
 
 
+class Untouchable:
+    """A tokenizer that may be read and never changed."""
+
+    def __init__(self, tokenizer):
+        self.__dict__["tokenizer"] = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __setattr__(self, name, value):
+        raise AssertionError(f"{name} of a shared tokenizer was changed")
+
+
+def test_encoding_never_changes_a_tokenizer_that_threads_share():
+    shared = Untouchable(byte_tokenizer())
+    for _ in range(2):
+        (ids,) = encode(shared, ["a<|endoftext|>"])
+        assert end_of_text(shared) not in ids
+    shared.add_special_tokens(["<|im_end|>"])
+    (ids,) = encode(shared, ["a<|im_end|>"])
+    assert shared.token_to_id("<|im_end|>") not in ids
+
+
 def test_a_special_token_spelled_out_in_a_text_is_text(tmp_path):
     tokenizer = byte_tokenizer()
     assert end_of_text(tokenizer) not in encode(tokenizer, ["a<|endoftext|>b"])[0]
