@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 RUNS = Path(__file__).parents[2] / "runs"
 FEW = ["--quick", "--kinds", "mamba3-mimo", "transformer", "--seeds", "2", "--device", "cpu"]
@@ -79,6 +82,24 @@ def test_mamba2_convolves_as_the_short_convolution_does(contestants):
     expected, _ = layer.conv(row, layer.conv.init_state(2))
     _, x, B, C, _ = layer.before(u)
     torch.testing.assert_close(torch.cat([x.flatten(-2), B, C], -1), expected)
+
+
+def test_gated_deltanet_is_saved_with_each_weight_once(contestants, monkeypatch, tmp_path):
+    class Stub(nn.Module):
+        def __init__(self, hidden_size, **_):
+            super().__init__()
+            self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+        def forward(self, u):
+            return (self.o_proj(u),)
+
+    monkeypatch.setitem(sys.modules, "fla", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "fla.layers", SimpleNamespace(GatedDeltaNet=Stub))
+    size = contestants.Size(vocab_size=16, d_model=32, layers=2, inner=64, headdim=16, d_state=8)
+    model = contestants.Contestant("gdn", size)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert set(saved) == {name for name, _ in model.named_parameters()}
 
 
 @pytest.mark.gpu
