@@ -24,6 +24,30 @@ def contestants(monkeypatch):
     return contestants
 
 
+@pytest.fixture
+def race(monkeypatch, tmp_path):
+    """The state of a comparison over rates 1e-3, 2e-3, 4e-3, with the arguments and the finished cells given."""
+    monkeypatch.syspath_prepend(str(RUNS))
+    import compare
+
+    def of(cells, *arguments):
+        known = {}
+        for kind, rate, seed, final, found in cells:
+            tokens = 40 if final else 8
+            cell = compare.Cell(kind, rate, seed, tokens, final=final)
+            known[cell.name] = {"kind": kind, "rate": rate, "seed": seed, "tokens": tokens, "final": final} | found
+        (tmp_path / "known.json").write_text(json.dumps({"cells": known}))
+        fixed = ["--rates", "1e-3", "2e-3", "4e-3", "--sweep-tokens", "8", "--train-tokens", "40", "--device", "cpu"]
+        fixed += ["--known", str(tmp_path / "known.json"), "--out", str(tmp_path / "out")]
+        return compare.Race(compare.options_of([*fixed, *arguments]))
+
+    return of
+
+
+def sweep(kind, *losses):
+    return [(kind, rate, 0, False, {"val_loss": loss}) for rate, loss in zip((1e-3, 2e-3, 4e-3), losses, strict=True)]
+
+
 def start(out: Path, *more: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUNS.parent)}
     command = [sys.executable, str(RUNS / "compare.py"), "--out", str(out), *FEW, *more]
@@ -100,6 +124,14 @@ def test_gated_deltanet_is_saved_with_each_weight_once(contestants, monkeypatch,
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert set(saved) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("kind", "parent"), [("mamba3-mimo-n32", "mamba3-mimo"), ("mamba3-no-bias", "mamba3-siso")])
+def test_a_variant_takes_the_tuned_rate_or_names_the_sweep_it_misses(race, kind, parent):
+    assert {cell.rate for cell in race(sweep(parent, 3.0, 1.0, 2.0), "--kinds", kind).plan()} == {2e-3}
+    with pytest.raises(SystemExit, match=f"no finished sweep of {parent} over 0.001 0.002 0.004"):
+        race(sweep(parent, 3.0, 1.0, 2.0)[:2], "--kinds", kind).plan()
+    assert not [cell for cell in race([], "--kinds", kind, parent).plan() if cell.final]  # its sweep comes first
 
 
 @pytest.mark.gpu
