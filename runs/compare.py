@@ -209,14 +209,18 @@ class Race:
         replace_file(self.file, (json.dumps(values, indent=1) + "\n").encode())
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each kind: mean and standard deviation over the seeds that are done."""
-        rows = []
+        """A row for each kind: mean and standard deviation over the seeds that are done at its best rate.
+
+        edge: that rate is the grid's lowest or highest, and the best one may lie beyond.
+        """
+        rows, edges = [], (min(self.options.rates), max(self.options.rates))
         for kind in self.options.kinds:
+            best = self.best_rate(kind)
             done = [c for c in self.cells.values() if c["kind"] == kind and c["final"] and "failed" not in c]
-            done = [c for c in done if c["tokens"] == self.options.train_tokens]
+            done = [c for c in done if c["tokens"] == self.options.train_tokens and c["rate"] == best]
             if not done:
                 continue
-            row: dict[str, Any] = {"kind": kind, "seeds": len(done), "rate": done[0]["rate"]}
+            row: dict[str, Any] = {"kind": kind, "seeds": len(done), "rate": best, "edge": best in edges}
             lengths = done[0]["test_perplexity"]
             row["test_perplexity"] = {n: spread_of([c["test_perplexity"][n] for c in done]) for n in lengths}
             row["val_loss"] = spread_of([c["val_loss"] for c in done])

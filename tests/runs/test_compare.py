@@ -134,6 +134,19 @@ def test_a_variant_takes_the_tuned_rate_or_names_the_sweep_it_misses(race, kind,
     assert not [cell for cell in race([], "--kinds", kind, parent).plan() if cell.final]  # its sweep comes first
 
 
+def test_the_table_is_of_one_rate_and_marks_the_edge_of_the_grid(race):
+    facts = {"parameters": 1, "memory_bytes": {"32": 1}, "tokens_per_second": 1.0}
+    cells = [
+        (kind, rate, seed, True, facts | {"val_loss": loss, "test_perplexity": {"32": loss}})
+        for kind in ("transformer", "mamba3-siso")
+        for rate, seed, loss in ((1e-3, 0, 5.0), (2e-3, 0, 1.0), (2e-3, 1, 3.0), (4e-3, 0, 7.0))
+    ]
+    cells += sweep("transformer", 3.0, 1.0, 2.0) + sweep("mamba3-siso", 3.0, 2.0, 1.0)
+    inner, edge = race(cells, "--kinds", "transformer", "mamba3-siso").table()
+    assert (inner["rate"], inner["seeds"], inner["val_loss"]["mean"], inner["edge"]) == (2e-3, 2, 2.0, False)
+    assert (edge["rate"], edge["seeds"], edge["val_loss"]["mean"], edge["edge"]) == (4e-3, 1, 7.0, True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["fla", "mamba_ssm"])
 def test_the_kernels_of_others_compute_mamba2(contestants, name):
