@@ -11,6 +11,7 @@ never lies in two shards. The tokenizer is trained on the training books alone.
 import argparse
 import json
 import lzma
+import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -74,15 +75,22 @@ def unpack(packed: Path, out: Path) -> None:
         sizes: list[int] = []
         for i, size in enumerate(index["tokens"]["train"]):
             source, target = packed / f"{name}.{shard_name('train', i)}.xz", folder / shard_name("train", i)
-            if not target.is_file() and source.is_file():
-                target.write_bytes(lzma.decompress(source.read_bytes()))
-            if not target.is_file():
+            stated = size * np.dtype(index["dtype"]).itemsize
+            if not _is_whole(target, stated) and source.is_file():
+                partial = target.with_suffix(".partial")
+                partial.write_bytes(lzma.decompress(source.read_bytes()))
+                os.replace(partial, target)
+            if not _is_whole(target, stated):
                 break
             sizes.append(size)
         index["tokens"]["train"] = sizes
         (folder / "index.json").write_text(json.dumps(index))
         np.save(folder / "train.offsets.npy", offsets[offsets <= sum(sizes)])
         sys.stdout.write(f"{name}: {len(sizes)} shards, {sum(sizes):,} tokens\n")
+
+
+def _is_whole(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def read(tokens: Path, part: str) -> Tokens:

@@ -57,6 +57,13 @@ class Stopped(Exception):
     """The time that was given is over, or Ctrl-C: what was begun is saved."""
 
 
+def parent_of(kind: str) -> str:
+    """The main kind whose sweep tells a kind's rate."""
+    if kind in MAIN:
+        return kind
+    return next((main for main in MAIN if kind.startswith(f"{main}-n") and kind in STATES), "mamba3-siso")
+
+
 class Race:
     """The comparison's state: finished cells, data, the clock."""
 
@@ -101,6 +108,8 @@ class Race:
         for seed in range(options.seeds):
             for kind in kinds:
                 best = self.best_rate(kind)
+                if best is None and parent_of(kind) not in options.kinds:
+                    raise SystemExit(self.missing_sweep(kind))
                 if best is not None:
                     cells.append(Cell(kind, best, seed, options.train_tokens, final=True))
         return cells
@@ -112,12 +121,19 @@ class Race:
     def best_rate(self, kind: str) -> float | None:
         """The rate of the lowest validation loss, once the whole sweep is done."""
         if kind not in MAIN:
-            parent = next((main for main in MAIN if kind.startswith(f"{main}-n")), "mamba3-siso")
-            return self.best_rate(parent) if parent in self.options.kinds else min(self.options.rates)
+            return self.best_rate(parent_of(kind))
         swept = [Cell(kind, rate, 0, self.options.sweep_tokens, final=False) for rate in self.rates_of(kind)]
         done = [(self.cells[cell.name], cell.rate) for cell in swept if cell.name in self.cells]
         fit = [(result["val_loss"], rate) for result, rate in done if "failed" not in result]
         return min(fit)[1] if fit and len(done) == len(swept) else None
+
+    def missing_sweep(self, kind: str) -> str:
+        """Why a variant has no rate, where its main kind is not swept by this call."""
+        rates, parent = " ".join(f"{rate:g}" for rate in self.options.rates), parent_of(kind)
+        return (
+            f"{kind} takes the rate that {parent} was tuned to, but {self.file} holds no finished sweep of {parent} over "
+            f"{rates} with {self.options.sweep_tokens:,} tokens; train --kinds {parent} first, or give its cells by --known."
+        )
 
     def run(self) -> None:
         """All cells, then the table and the figure. Raises Stopped when the time is over."""
@@ -193,14 +209,18 @@ class Race:
         replace_file(self.file, (json.dumps(values, indent=1) + "\n").encode())
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each kind: mean and standard deviation over the seeds that are done."""
-        rows = []
+        """A row for each kind: mean and standard deviation over the seeds that are done at its best rate.
+
+        edge: that rate is the grid's lowest or highest, and the best one may lie beyond.
+        """
+        rows, edges = [], (min(self.options.rates), max(self.options.rates))
         for kind in self.options.kinds:
+            best = self.best_rate(kind)
             done = [c for c in self.cells.values() if c["kind"] == kind and c["final"] and "failed" not in c]
-            done = [c for c in done if c["tokens"] == self.options.train_tokens]
+            done = [c for c in done if c["tokens"] == self.options.train_tokens and c["rate"] == best]
             if not done:
                 continue
-            row: dict[str, Any] = {"kind": kind, "seeds": len(done), "rate": done[0]["rate"]}
+            row: dict[str, Any] = {"kind": kind, "seeds": len(done), "rate": best, "edge": best in edges}
             lengths = done[0]["test_perplexity"]
             row["test_perplexity"] = {n: spread_of([c["test_perplexity"][n] for c in done]) for n in lengths}
             row["val_loss"] = spread_of([c["val_loss"] for c in done])

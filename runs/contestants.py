@@ -140,7 +140,11 @@ class GatedDelta(nn.Module):
         from fla.layers import GatedDeltaNet  # pyright: ignore[reportMissingImports]
 
         self.layer = GatedDeltaNet(hidden_size=d_model, expand_v=2, **settings)
-        self.out_proj = self.layer.o_proj
+
+    @property
+    def out_proj(self) -> nn.Module:
+        """The layer's own; registered here too, its weight would be saved twice."""
+        return self.layer.o_proj
 
     def forward(self, u: Tensor) -> Tensor:
         return self.layer(u)[0]

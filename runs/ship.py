@@ -140,9 +140,11 @@ def deliver(trainer: Trainer, parts: dict[str, Tokens], tokenizer: Tokenizer, op
     if sum(weights) > MOST_BYTES or max(weights) > 2**24:
         raise SystemExit(f"the weights must be at most {MOST_BYTES:,} bytes in files below 16 MiB, but are {weights}.")
     shipped = Mamba3LM.from_pretrained(building).float().to(device).eval()
+    # On a GPU the sample is written with bfloat16 weights, because float32 kernels take minutes to compile.
+    writer = Mamba3LM.from_pretrained(building, device).eval() if device.type == "cuda" else shipped
     steps = [line for line in read_metrics(trainer.folder / METRICS) if line["kind"] == "step"]
     prompt = torch.tensor([encode(tokenizer, [PROMPT])[0].tolist()], device=device)
-    written = shipped.generate(prompt, max_new_tokens=120, temperature=0.8, top_p=0.95, seed=0).tokens[0].tolist()
+    written = writer.generate(prompt, max_new_tokens=120, temperature=0.8, top_p=0.95, seed=0).tokens[0].tolist()
     result = {
         "quick": options.quick, "parameters": shipped.num_parameters(), "bytes": sum(weights),
         "step": trainer.step, "steps": trainer.config.steps, "tokens": trainer.step * trainer.config.batch_tokens,

@@ -27,6 +27,7 @@ class Objective(nn.Module):
         self, batch: Batch, state: LMState | None = None, reduction: str = "mean"
     ) -> tuple[Tensor, LMState | None]:
         """The loss, and what the next batch of rows goes on from (None for other batches)."""
+        batch = batch.described_on_cpu()
         plain = self.dtype in (torch.float32, torch.float64)
         with nullcontext() if plain else torch.autocast(batch.inputs.device.type, dtype=self.dtype):
             logits, state = self._logits(batch, state)

@@ -36,6 +36,11 @@ class Batch(NamedTuple):
         inputs, targets = (v.to(device, non_blocking=True) for v in self[:2])
         return self._replace(inputs=inputs, targets=targets)
 
+    def described_on_cpu(self) -> "Batch":
+        """What describes the tokens brought back from where DistributedDataParallel and FSDP move all tensors to."""
+        described = {"cu_seqlens": self.cu_seqlens, "rows": self.rows, "goes_on": self.goes_on}
+        return self._replace(**{name: v if v is None else v.cpu() for name, v in described.items()})
+
 
 def part_of(batch: Batch, index: int, parts: int) -> Batch:
     """The index-th of `parts` equal runs of a packed batch's tokens. Raises ValueError where the tokens do not divide."""

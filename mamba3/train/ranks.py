@@ -162,7 +162,8 @@ def spread(
 
         # Of sizes [2, 1, 64] two strides mean the same; torch 2.13 warns of the difference, once a rank.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
-        return DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
+        own = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(objective, device_ids=own, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -183,9 +183,19 @@ def _is_whole(place: Path) -> bool:
 
 
 def open_part(place: Path, part: str) -> Tokens:
-    """The memory-mapped shards of "train" or "val" in a store's folder."""
+    """The memory-mapped shards of "train" or "val" in a store's folder.
+
+    Raises ValueError for a shard that is not of the size its index states.
+    """
     index = json.loads((place / _INDEX).read_text())
     dtype = np.dtype(index["dtype"])
-    names = (shard_name(part, i) for i in range(len(index["tokens"][part])))
-    shards = [np.memmap(place / name, dtype=dtype, mode="r") for name in names]
+    shards = []
+    for i, tokens in enumerate(index["tokens"][part]):
+        file = place / shard_name(part, i)
+        size, stated = file.stat().st_size, tokens * dtype.itemsize
+        if size != stated:
+            raise ValueError(
+                f"{file} must hold {stated:,} bytes, as its index states, but has {size:,}; remove the file and make it again."
+            )
+        shards.append(np.memmap(file, dtype=dtype, mode="r"))
     return Tokens(shards, np.load(place / f"{part}.offsets.npy"))

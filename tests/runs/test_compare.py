@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 RUNS = Path(__file__).parents[2] / "runs"
 FEW = ["--quick", "--kinds", "mamba3-mimo", "transformer", "--seeds", "2", "--device", "cpu"]
@@ -19,6 +22,30 @@ def contestants(monkeypatch):
     import contestants
 
     return contestants
+
+
+@pytest.fixture
+def race(monkeypatch, tmp_path):
+    """The state of a comparison over rates 1e-3, 2e-3, 4e-3, with the arguments and the finished cells given."""
+    monkeypatch.syspath_prepend(str(RUNS))
+    import compare
+
+    def of(cells, *arguments):
+        known = {}
+        for kind, rate, seed, final, found in cells:
+            tokens = 40 if final else 8
+            cell = compare.Cell(kind, rate, seed, tokens, final=final)
+            known[cell.name] = {"kind": kind, "rate": rate, "seed": seed, "tokens": tokens, "final": final} | found
+        (tmp_path / "known.json").write_text(json.dumps({"cells": known}))
+        fixed = ["--rates", "1e-3", "2e-3", "4e-3", "--sweep-tokens", "8", "--train-tokens", "40", "--device", "cpu"]
+        fixed += ["--known", str(tmp_path / "known.json"), "--out", str(tmp_path / "out")]
+        return compare.Race(compare.options_of([*fixed, *arguments]))
+
+    return of
+
+
+def sweep(kind, *losses):
+    return [(kind, rate, 0, False, {"val_loss": loss}) for rate, loss in zip((1e-3, 2e-3, 4e-3), losses, strict=True)]
 
 
 def start(out: Path, *more: str) -> str:
@@ -79,6 +106,45 @@ def test_mamba2_convolves_as_the_short_convolution_does(contestants):
     expected, _ = layer.conv(row, layer.conv.init_state(2))
     _, x, B, C, _ = layer.before(u)
     torch.testing.assert_close(torch.cat([x.flatten(-2), B, C], -1), expected)
+
+
+def test_gated_deltanet_is_saved_with_each_weight_once(contestants, monkeypatch, tmp_path):
+    class Stub(nn.Module):
+        def __init__(self, hidden_size, **_):
+            super().__init__()
+            self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+        def forward(self, u):
+            return (self.o_proj(u),)
+
+    monkeypatch.setitem(sys.modules, "fla", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "fla.layers", SimpleNamespace(GatedDeltaNet=Stub))
+    size = contestants.Size(vocab_size=16, d_model=32, layers=2, inner=64, headdim=16, d_state=8)
+    model = contestants.Contestant("gdn", size)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert set(saved) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("kind", "parent"), [("mamba3-mimo-n32", "mamba3-mimo"), ("mamba3-no-bias", "mamba3-siso")])
+def test_a_variant_takes_the_tuned_rate_or_names_the_sweep_it_misses(race, kind, parent):
+    assert {cell.rate for cell in race(sweep(parent, 3.0, 1.0, 2.0), "--kinds", kind).plan()} == {2e-3}
+    with pytest.raises(SystemExit, match=f"no finished sweep of {parent} over 0.001 0.002 0.004"):
+        race(sweep(parent, 3.0, 1.0, 2.0)[:2], "--kinds", kind).plan()
+    assert not [cell for cell in race([], "--kinds", kind, parent).plan() if cell.final]  # its sweep comes first
+
+
+def test_the_table_is_of_one_rate_and_marks_the_edge_of_the_grid(race):
+    facts = {"parameters": 1, "memory_bytes": {"32": 1}, "tokens_per_second": 1.0}
+    cells = [
+        (kind, rate, seed, True, facts | {"val_loss": loss, "test_perplexity": {"32": loss}})
+        for kind in ("transformer", "mamba3-siso")
+        for rate, seed, loss in ((1e-3, 0, 5.0), (2e-3, 0, 1.0), (2e-3, 1, 3.0), (4e-3, 0, 7.0))
+    ]
+    cells += sweep("transformer", 3.0, 1.0, 2.0) + sweep("mamba3-siso", 3.0, 2.0, 1.0)
+    inner, edge = race(cells, "--kinds", "transformer", "mamba3-siso").table()
+    assert (inner["rate"], inner["seeds"], inner["val_loss"]["mean"], inner["edge"]) == (2e-3, 2, 2.0, False)
+    assert (edge["rate"], edge["seeds"], edge["val_loss"]["mean"], edge["edge"]) == (4e-3, 1, 7.0, True)
 
 
 @pytest.mark.gpu

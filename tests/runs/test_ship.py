@@ -72,6 +72,9 @@ def test_shards_travel_in_several_journeys(tmp_path, monkeypatch):
     assert (
         0 < part.documents < whole.documents and part.offsets.tolist() == whole.offsets[: part.documents + 1].tolist()
     )
+    cut = tmp_path / "there" / "train" / "train-00001.bin"
+    cut.write_bytes(cut.read_bytes()[:-100])  # as a call that was killed left it
+    books.unpack(tmp_path / "packed", tmp_path / "there")
     for file in (tmp_path / "packed").glob("*.xz"):
         file.unlink()
     waiting.rename(last)

@@ -77,6 +77,34 @@ def test_a_stream_reads_a_document_on_until_it_ends(sizes, seq_len, rows, parts)
                 last[row] = ids[pieces[b - 1][1] - 1]
 
 
+class Moved(torch.Tensor):
+    """A tensor that stands for one on a GPU: nothing reads it but .cpu()."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.cpu:
+            raise RuntimeError("indices should be on the CPU")
+        with torch._C.DisableTorchFunctionSubclass():
+            return args[0].as_subclass(torch.Tensor)
+
+
+def test_what_describes_a_batch_is_read_on_the_cpu_wherever_a_wrapper_moved_it():
+    data = Tokens([np.random.default_rng(0).integers(0, 250, 400).astype(np.uint16)], np.array([0, 150, 400]))
+    source = Streams(data, seq_len=40, batch_tokens=80, seed=0)
+    from mamba3.lm import Mamba3LM
+
+    torch.manual_seed(0)
+    objective, state, moved_state = Objective(Mamba3LM(shape(256))), None, None
+    for step in range(2):
+        batch = source.batch(step)
+        moved = batch._replace(
+            **{name: getattr(batch, name).as_subclass(Moved) for name in ("cu_seqlens", "rows", "goes_on")}
+        )
+        expected, state = objective(batch, state)
+        loss, moved_state = objective(moved, moved_state)
+        assert loss.item() == expected.item()
+
+
 def test_a_stream_carries_the_state_that_one_long_sequence_has():
     """The losses of steps that carry the state are those of reading each document whole."""
     data = Tokens([np.random.default_rng(0).integers(0, 250, 400).astype(np.uint16)], np.array([0, 150, 400]))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mamba3.train.corpus import Corpus, SplitCorpus
 from mamba3.train.packing import Packing
-from mamba3.train.store import Tokens, open_or_build
+from mamba3.train.store import Tokens, open_or_build, open_part
 from mamba3.train.tokenizer import byte_tokenizer, encode, end_of_text
 
 DOCUMENTS = [f"document {i}\n" * (i + 1) for i in range(20)]
@@ -138,6 +138,15 @@ def test_store_holds_every_document_between_separators(tmp_path):
         expected[out].append([end, *document.text.encode(), end])
     assert found == expected
     assert store.train.shards[0].dtype == np.uint16
+
+
+def test_a_shard_of_another_size_than_its_index_states_is_refused(tmp_path):
+    path = write_lines(tmp_path / "c.jsonl", DOCUMENTS)
+    store = open_or_build(SplitCorpus(Corpus(path), val_fraction=0.2, seed=0), byte_tokenizer(), tmp_path / "data")
+    binary = tmp_path / "data" / store.key / "train-00000.bin"
+    binary.write_bytes(binary.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"train-00000.bin must hold [\d,]+ bytes"):
+        open_part(binary.parent, "train")
 
 
 def test_store_is_reused_rebuilt_when_stale_and_mended_when_cut_short(tmp_path):
