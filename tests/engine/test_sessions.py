@@ -154,6 +154,22 @@ def test_what_does_not_fit_in_memory_is_parked(tmp_path):
     assert turn(store, "s0", [9]) == greedy(model(), [*tokens, 9], 4)
 
 
+def test_a_session_that_cannot_be_parked_fails_no_other_s_request(tmp_path, monkeypatch, caplog):
+    store = SessionStore(model(), tmp_path, budget=0)
+
+    def full(session):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(store, "write", full)
+    for id in ("a", "b"):
+        store.create(id=id)
+        turn(store, id, [1, 2])
+    assert "could not be parked" in caplog.text and [info.parked for info in store.list("")] == [False, False]
+    monkeypatch.undo()
+    turn(store, "b", [3])
+    assert store.nbytes == 0
+
+
 @pytest.mark.parametrize("how", ["truncated", "altered", "text", "other weights"])
 def test_files_that_cannot_be_trusted(tmp_path, how):
     store = SessionStore(model(), tmp_path)
