@@ -1,7 +1,7 @@
 """The same stages as `chunked`, fused into Triton kernels; one family for SISO and MIMO, dense and packed.
 
     coefficients   decays and weights of each chunk
-    turns          the angle of each token in its chunk; coefficients' phases: the chunks' sums along each sequence
+    turns          the angle of each token in its chunk; the chunks' sums along each sequence
     segments       what each segment of a long sequence does to the state, and the state that enters it
     output         the fused pass: rotate, score, read out, skip, gate, pass the state on
     backward       from the inputs alone: states (of each chunk, in both directions of time), gradient_rows, gradient_bc,

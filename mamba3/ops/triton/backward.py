@@ -83,8 +83,7 @@ def _prepare(
     table = plan(boundaries, tokens, segment_programs(limits, H), most, inp.x.device)
     x, x_row = rows(inp.x)
     z, z_row = rows(gate.z) if gate.z is not None else (None, 0)
-    still = inp._replace(theta=inp.theta[..., :0])  # coefficients without angles, which `angles` makes
-    c, _ = coefficients(still, sizes._replace(A=0), table.tables, tokens, None, backward=True)
+    c = coefficients(inp, table.tables, tokens, backward=True)
     turned = angles(inp, sizes, table.tables, tokens, None if state is None else state.phi.contiguous())
 
     def flat(*values: Tensor | None, parameter: bool = False) -> list[Tensor | None]:

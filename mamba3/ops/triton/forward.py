@@ -13,13 +13,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mamba3.ops.gate import apply_gate
 from mamba3.ops.triton.assembler import sound_assembler
-from mamba3.ops.triton.coefficients import coefficients_kernel, phases_kernel
+from mamba3.ops.triton.coefficients import coefficients_kernel
 from mamba3.ops.triton.last_token import last_token_kernel
 from mamba3.ops.triton.launch import Device, Launch, choose, device_limits, padded, piece, power_of_2, segment_programs
 from mamba3.ops.triton.output import output_kernel
 from mamba3.ops.triton.segments import merge_kernel, summary_kernel
 from mamba3.ops.triton.tables import Tables, tables
-from mamba3.ops.triton.turns import turns_kernel
+from mamba3.ops.triton.turns import phases_kernel, turns_kernel
 from mamba3.ops.types import Gate, Inputs, ScanOutput, State
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -72,7 +72,7 @@ class Sizes(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Rows [h, t] of each token, and the phase [c, h, a] at the start of each chunk.
+    """Rows [h, t] of each token.
 
     What is not needed is empty: source in the backward pass, weight in the forward, *_low outside float32.
     """
@@ -83,8 +83,6 @@ class Coefficients(NamedTuple):
     source_low: Tensor
     weight: Tensor
     gamma: Tensor
-    tick: Tensor
-    phase: Tensor
 
 
 def rows(v: Tensor) -> tuple[Tensor, int]:
@@ -169,32 +167,19 @@ def angles(inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | N
     return Angles(turn, phase, phi_out)
 
 
-def coefficients(
-    inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | None, *, backward: bool = False
-) -> tuple[Coefficients, Tensor]:
-    """What every chunk needs before its matrices, and the final phi [s, h, a]."""
-    T, H, A = row_stride(inp.x.shape[0] * inp.x.shape[1]), sizes.H, sizes.A
+def coefficients(inp: Inputs, table: Tables, chunk: int, *, backward: bool = False) -> Coefficients:
+    """What every chunk of `chunk` tokens needs before its matrices."""
+    T, H = row_stride(inp.x.shape[0] * inp.x.shape[1]), inp.x.shape[2]
     exact = inp.x.dtype == torch.float32
+    present = (True, exact, not backward, exact and not backward, backward, True)
     like = {"device": inp.x.device, "dtype": torch.float32}
-    present = (True, exact, not backward, exact and not backward, backward, True, A > 0)
-    c = Coefficients(
-        *(torch.empty((H, T) if here else (0,), **like) for here in present),
-        torch.empty(table.chunks.shape[0], H, A, device=inp.x.device, dtype=torch.int32),
-    )  # fmt: skip
-    tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
+    c = Coefficients(*(torch.empty((H, T) if here else (0,), **like) for here in present))
     HB = min(16, power_of_2(H))
     coefficients_kernel[(table.chunks.shape[0], triton.cdiv(H, HB))](
-        inp.dt.contiguous(), inp.A.contiguous(), inp.lam.contiguous(), tick, inp.theta.contiguous(), table.chunks,
-        c.decay, c.decay_low, c.source, c.source_low, c.weight, c.gamma, c.tick, c.phase, T,
-        H=H, A=A, AP=padded(A), L=chunk, HB=HB, EXACT=exact, BACKWARD=backward, num_warps=4,
+        inp.dt.contiguous(), inp.A.contiguous(), inp.lam.contiguous(), table.chunks, *c, T,
+        H=H, L=chunk, HB=HB, EXACT=exact, BACKWARD=backward, num_warps=4,
     )  # fmt: skip
-    phi_out = torch.empty(table.sequences.shape[0], H, A, **like)
-    if A:
-        BLOCK = 32
-        phases_kernel[(table.sequences.shape[0], triton.cdiv(H * A, BLOCK))](
-            c.phase, phi, table.sequences, phi_out, HA=H * A, CB=64, BLOCK=BLOCK, HAS_PHI=phi is not None, num_warps=4
-        )
-    return c, phi_out
+    return c
 
 
 def entering_states(
@@ -273,7 +258,7 @@ def _scan(
     launch = launch or choose(limits, inp.x.dtype, inp.rank, suits_bulk(inp, gate, sizes, boundaries))
     table = tables(boundaries, launch.tokens, segment_programs(limits, H), inp.x.device)
 
-    c, _ = coefficients(inp._replace(theta=inp.theta[..., :0]), sizes._replace(A=0), table, launch.tokens, None)
+    c = coefficients(inp, table, launch.tokens)
     turn, phase, phi = angles(inp, sizes, table, launch.tokens, None if state is None else state.phi.contiguous())
     v = tiles(inp, gate, sizes, launch, turn)
     exact = inp.x.dtype == torch.float32
