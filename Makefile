@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo demo-train test test-all lint bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,6 +15,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/mamba3 demo
+
+demo-train: $(STAMP)
+	$(BIN)/mamba3 demo-train
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8

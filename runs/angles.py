@@ -3,8 +3,9 @@
     python runs/angles.py --task parity --out angles.png                          # the parity model that comes with the package
     python runs/angles.py --task arithmetic --model RUN/best-mamba3 --out angles.png
 
-One panel a layer; a row a token, a column a pair of channels. Colour is the circular mean of the turn over 64 sequences, in
-units of pi; where tokens of a kind do not turn alike (deeper layers see the context), it fades to grey.
+One panel a layer; a row a token, a column a pair of channels; the signs of arithmetic without brackets by what the product
+before them is worth. Colour is the circular mean of the turn over 64 sequences, in units of pi; where tokens of a kind do not
+turn alike (deeper layers see the context), it fades to grey.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mamba3.lm import Mamba3LM
-from mamba3.tasks import make_task
+from mamba3.tasks import ModularArithmetic, Task, make_task
 from mamba3.tasks.phase import shipped_parity, turns_by_token
 
 SEQUENCES, LENGTH = 64, 80
@@ -44,6 +45,22 @@ def draw(found: dict[int, tuple[torch.Tensor, torch.Tensor]], names: dict[int, s
     figure.savefig(out, dpi=110)
 
 
+def kinds_of(task: Task, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[int, str]]:
+    """The kind of each token [b, t], and the kinds' names: the token, and of a sign what was multiplied before it, mod 5."""
+    kinds, names = tokens.clone(), dict(enumerate(task.symbols))
+    if task.name == ModularArithmetic.name:
+        signs = [task.symbols.index(sign) for sign in "+-"]
+        names |= {task.vocab_size + value: f"± after {value}" for value in range(5)}
+        for sequence, found in zip(tokens.tolist(), kinds, strict=True):
+            product = 1
+            for place, token in enumerate(sequence):
+                if token in signs:
+                    found[place], product = task.vocab_size + product % 5, 1
+                elif task.symbols[token].isdigit():
+                    product *= int(task.symbols[token])
+    return kinds, {kind: name for kind, name in names.items() if (kinds == kind).any()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="parity", choices=("parity", "arithmetic", "arithmetic-brackets"))
@@ -57,15 +74,15 @@ def main() -> None:
     model = shipped_parity() if options.model is None else Mamba3LM.from_pretrained(options.model).eval()
     batch = task.sample(SEQUENCES, LENGTH, LENGTH, torch.Generator().manual_seed(0))
     inside = batch.inputs[:, : int(batch.positions.min()) + 1]
-    found = turns_by_token(model, inside)
-    here = [v for v in range(task.vocab_size) if (inside == v).any()]
-    draw(found, {v: task.symbols[v] for v in here}, options.title or options.task, options.out)
+    kinds, names = kinds_of(task, inside)
+    found = turns_by_token(model, inside, kinds)
+    draw(found, names, options.title or options.task, options.out)
     for layer, (mean, agreement) in found.items():
-        for v in here:
+        for v, name in names.items():
             flat = int((agreement[v] * (mean[v] / 2).sin().abs()).argmax())
             head, pair = divmod(flat, mean.shape[2])
             print(  # noqa: T201 (a script's output)
-                f"layer {layer + 1}, {task.symbols[v]}: farthest turn {math.degrees(mean[v, head, pair]):+.2f}° "
+                f"layer {layer + 1}, {name}: farthest turn {math.degrees(mean[v, head, pair]):+.2f}° "
                 f"(head {head + 1}, pair {pair + 1}), agreement {agreement[v, head, pair]:.3f}"
             )
 

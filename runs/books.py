@@ -100,6 +100,16 @@ def read(tokens: Path, part: str) -> Tokens:
     return open_part(tokens / part, "train")
 
 
+def some_shards(tokens: Tokens, first: int, last: int) -> Tokens:
+    """The documents of shards first to last - 1 alone."""
+    bounds = np.cumsum([0, *(len(shard) for shard in tokens.shards)])
+    begin, end = bounds[first], bounds[min(last, len(tokens.shards))]
+    offsets = tokens.offsets[(tokens.offsets >= begin) & (tokens.offsets <= end)]
+    if first < 0 or len(offsets) < 2:
+        raise SystemExit(f"shards {first} to {last} are none of the {len(tokens.shards)} that are there.")
+    return Tokens(tokens.shards[first:last], offsets - begin)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("build", "pack", "unpack"))

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 from books import read
-from compare_cell import Cell, Line, speed, spread_of
+from compare_cell import Cell, Line, curve, speed, spread_of
 from compare_figure import draw
-from contestants import ABLATIONS, KINDS, MAIN, STATES, Contestant, Size, scan_of, why_not
+from contestants import ABLATIONS, KINDS, MAIN, STATES, Contestant, Size, kernel_of, why_not
 from windows import Windows, spread_starts
 
 from mamba3.ops.state_file import replace_file
@@ -74,7 +74,9 @@ class Race:
         self.training, self.size = (QUICK_TRAINING, QUICK) if options.quick else (TRAINING, FULL)
         if not options.quick:
             compiled = not options.eager
-            self.training = dataclasses.replace(self.training, micro_tokens=options.micro_tokens, compile=compiled)
+            self.training = dataclasses.replace(
+                self.training, batch_tokens=options.batch_tokens, micro_tokens=options.micro_tokens, compile=compiled
+            )
         self.file = options.out / "compare.json"
         self.cells: dict[str, dict[str, Any]] = {}
         for known in (*options.known, self.file):
@@ -82,6 +84,7 @@ class Race:
                 self.cells |= json.loads(known.read_text())["cells"]
         self.data: dict[str, Tokens] = {}
         self.broken: list[str] = []  # kinds that raised in this call
+        self.compiled: str | None = None  # the kind that torch.compile saw last
         self.sizes: np.ndarray | None = None
 
     def open(self) -> None:
@@ -102,17 +105,20 @@ class Race:
         """Every cell in order of worth, as far as the sweeps that are done tell their rates."""
         options = self.options
         kinds = [k for k in options.kinds if why_not(k, self.device) is None and k not in self.broken]
-        cells = [
-            Cell(kind, rate, 0, options.sweep_tokens, final=False) for kind in kinds for rate in self.rates_of(kind)
-        ]
+        cells = [self.cell(kind, rate, 0, final=False) for kind in kinds for rate in self.rates_of(kind)]
         for seed in range(options.seeds):
             for kind in kinds:
                 best = self.best_rate(kind)
                 if best is None and parent_of(kind) not in options.kinds:
                     raise SystemExit(self.missing_sweep(kind))
                 if best is not None:
-                    cells.append(Cell(kind, best, seed, options.train_tokens, final=True))
+                    cells.append(self.cell(kind, best, seed, final=True))
         return cells
+
+    def cell(self, kind: str, rate: float, seed: int, *, final: bool) -> Cell:
+        """A cell of the lengths and the batch that were asked for."""
+        tokens = self.options.train_tokens if final else self.options.sweep_tokens
+        return Cell(kind, rate, seed, tokens, final=final, batch_tokens=self.training.batch_tokens)
 
     def rates_of(self, kind: str) -> tuple[float, ...]:
         """The sweep's rates; a variant of a main kind takes the rate that the main kind was tuned to."""
@@ -122,7 +128,7 @@ class Race:
         """The rate of the lowest validation loss, once the whole sweep is done."""
         if kind not in MAIN:
             return self.best_rate(parent_of(kind))
-        swept = [Cell(kind, rate, 0, self.options.sweep_tokens, final=False) for rate in self.rates_of(kind)]
+        swept = [self.cell(kind, rate, 0, final=False) for rate in self.rates_of(kind)]
         done = [(self.cells[cell.name], cell.rate) for cell in swept if cell.name in self.cells]
         fit = [(result["val_loss"], rate) for result, rate in done if "failed" not in result]
         return min(fit)[1] if fit and len(done) == len(swept) else None
@@ -162,7 +168,10 @@ class Race:
         newest = max(checkpoint.list_checkpoints(folder), default=None)
         if newest is not None:
             checkpoint.verify(newest)
-        torch.compiler.reset()  # every kind is compiled for its own shapes, not for those of the one before
+        if self.compiled not in (None, cell.kind):
+            # Other sizes of what was compiled before would be compiled for any size, which is slower.
+            torch.compiler.reset()
+        self.compiled = cell.kind
         torch.manual_seed(cell.seed)
         model = Contestant(cell.kind, self.size)
         rows = Rows(self.data["val"], seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=0)
@@ -181,12 +190,13 @@ class Race:
         val = evaluate(objective, sample, device=self.device, sizes=self.sizes)
         result = {
             **dataclasses.asdict(cell), "steps": steps, "val_loss": val.loss, "val_bits_per_byte": val.bits_per_byte,
-            "parameters": model.num_parameters(), "inner": model.inner, **speed(folder),
+            "parameters": model.num_parameters(), "inner": model.inner, **speed(folder), "curve": curve(folder),
             "memory_bytes": {str(n): model.memory_bytes(n) for n in self.options.contexts},
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu", "torch": torch.__version__,
+            "scan": kernel_of(cell.kind, self.device, getattr(torch, config.dtype)),
         }  # fmt: skip
-        if cell.kind.startswith("mamba2"):
-            result["scan"] = scan_of(self.device)
+        if self.options.shared:
+            result["tokens_per_second"] = None
         if self.device.type == "cuda":
             result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         if cell.final:
@@ -205,8 +215,14 @@ class Race:
 
     def write(self) -> None:
         """compare.json, whole or as it was."""
-        values = {"quick": self.options.quick, "table": self.table(), "cells": self.cells}
-        replace_file(self.file, (json.dumps(values, indent=1) + "\n").encode())
+        lines = [f" {json.dumps(name)}: {json.dumps(cell)}" for name, cell in self.cells.items()]
+        table = json.dumps(self.table(), indent=1)
+        text = (
+            f'{{"quick": {json.dumps(self.options.quick)}, "table": {table}, "cells": {{\n'
+            + ",\n".join(lines)
+            + "\n}}\n"
+        )
+        replace_file(self.file, text.encode())
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each kind: mean and standard deviation over the seeds that are done at its best rate.
@@ -217,7 +233,8 @@ class Race:
         for kind in self.options.kinds:
             best = self.best_rate(kind)
             done = [c for c in self.cells.values() if c["kind"] == kind and c["final"] and "failed" not in c]
-            done = [c for c in done if c["tokens"] == self.options.train_tokens and c["rate"] == best]
+            wanted = {"tokens": self.options.train_tokens, "rate": best, "batch_tokens": self.training.batch_tokens}
+            done = [c for c in done if wanted.items() <= c.items()]
             if not done:
                 continue
             row: dict[str, Any] = {"kind": kind, "seeds": len(done), "rate": best, "edge": best in edges}
@@ -225,7 +242,9 @@ class Race:
             row["test_perplexity"] = {n: spread_of([c["test_perplexity"][n] for c in done]) for n in lengths}
             row["val_loss"] = spread_of([c["val_loss"] for c in done])
             row |= {key: done[0][key] for key in ("parameters", "memory_bytes")}
-            row["tokens_per_second"] = statistics.median(c["tokens_per_second"] for c in done)
+            speeds = [c["tokens_per_second"] for c in done if c["tokens_per_second"] is not None]
+            row["tokens_per_second"] = statistics.median(speeds) if speeds else None
+            row |= {key: sorted({str(c.get(key, "not recorded")) for c in done}) for key in ("scan", "device")}
             rows.append(row)
         return rows
 
@@ -237,14 +256,16 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--known", type=Path, nargs="*", default=[], help="compare.json of earlier calls elsewhere")
     parser.add_argument("--group", choices=GROUPS, default="main", help="which kinds: the six, state sizes, ablations")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="these kinds instead of a group")
-    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3], help="of the sweep")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="of the sweep")
     parser.add_argument("--sweep-tokens", type=float, default=8e6, help="of each cell of the sweep")
     parser.add_argument("--train-tokens", type=float, default=40e6, help="of each final cell")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16_384, 32_768])
     parser.add_argument("--eval-tokens", type=int, default=524_288, help="held-out tokens of each measurement")
+    parser.add_argument("--batch-tokens", type=int, default=TRAINING.batch_tokens, help="of a step")
     parser.add_argument("--micro-tokens", type=int, default=0, help="tokens of one forward pass, where memory is short")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--shared", action="store_true", help="others use the GPU too: no tokens/s are written down")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long, with what was begun saved")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plan", action="store_true", help="print which cells are done, and end")
@@ -283,7 +304,8 @@ def main() -> None:
         left = "; not all is done: the same command goes on"
     race.write()
     if race.table():
-        draw(race.table(), options.out / "compare.png", options.quick)
+        finals = [c for c in race.cells.values() if c["final"] and c["tokens"] == options.train_tokens]
+        draw(race.table(), finals, options.out / "compare.png", options.quick)
     sys.stdout.write(f"{len(race.cells)} cells in {race.file}{left}\n")
     if race.broken:
         raise SystemExit(f"Left out, for the reasons above: {', '.join(race.broken)}.")

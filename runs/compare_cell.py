@@ -21,10 +21,12 @@ class Cell:
     seed: int
     tokens: int
     final: bool
+    batch_tokens: int = 65_536
 
     @property
     def name(self) -> str:
-        return f"{self.kind}.{'final' if self.final else 'sweep'}.{self.tokens / 1e6:g}M.lr{self.rate:g}.s{self.seed}"
+        length = f"{self.tokens / 1e6:g}M.b{self.batch_tokens}"
+        return f"{self.kind}.{'final' if self.final else 'sweep'}.{length}.lr{self.rate:g}.s{self.seed}"
 
 
 class Line(Reporter):
@@ -51,6 +53,14 @@ def speed(folder: Path) -> dict[str, Any]:
     timed = steps[10:] or steps
     rate = statistics.median(line["tokens"] / line["seconds"] for line in timed)
     return {"tokens_per_second": rate, "train_loss": steps[-1]["loss"], "skipped": steps[-1]["skips"]}
+
+
+def curve(folder: Path, points: int = 60) -> list[list[float]]:
+    """(step, mean training loss up to it since the point before), about so many points."""
+    steps = [line for line in read_metrics(folder / METRICS) if line["kind"] == "step"]
+    width = max(1, len(steps) // points)
+    parts = [steps[first : first + width] for first in range(0, len(steps), width)]
+    return [[part[-1]["step"], round(statistics.fmean(line["loss"] for line in part), 4)] for part in parts]
 
 
 def spread_of(values: list[float]) -> dict[str, float | None]:

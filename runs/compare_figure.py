@@ -1,15 +1,15 @@
-"""The figure of runs/compare.py: perplexity over context, and over what a sequence leaves in memory."""
+"""The figure of runs/compare.py: perplexity over context, and over what a sequence leaves in memory; training loss."""
 
 from pathlib import Path
 from typing import Any
 
 
-def draw(table: list[dict[str, Any]], image: Path, quick: bool) -> None:
-    """Two panels, means over seeds with their standard deviations as bars."""
+def draw(table: list[dict[str, Any]], finals: list[dict[str, Any]], image: Path, quick: bool) -> None:
+    """Three panels: means over seeds with their standard deviations as bars; the training loss of each kind's first seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    by_context, by_memory = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    by_context, by_memory, by_tokens = figure.subplots(1, 3)
     for row in table:
         lengths = [int(n) for n in row["test_perplexity"]]
         found = row["test_perplexity"].values()
@@ -24,12 +24,25 @@ def draw(table: list[dict[str, Any]], image: Path, quick: bool) -> None:
             color=line.lines[0].get_color(),
         )  # fmt: skip
         by_memory.annotate(row["kind"], (row["memory_bytes"][longest] / 1e6, at["mean"]), fontsize=7)
-    by_context.set(xscale="log", xlabel="context, tokens", ylabel="perplexity of held-out books")
+        first = next(
+            (c for c in finals if c["kind"] == row["kind"] and c["rate"] == row["rate"] and "curve" in c), None
+        )
+        if first is not None:
+            steps, losses = zip(*first["curve"], strict=True)
+            read = [step * first["batch_tokens"] / 1e6 for step in steps]
+            by_tokens.plot(read, losses, lw=1, color=line.lines[0].get_color())
+    by_tokens.set(xlabel="tokens read, millions", ylabel="training loss, nats per token")
+    by_context.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="perplexity of held-out books")
     by_context.set_xticks(lengths, [f"{n:,}" for n in lengths])
     by_context.minorticks_off()
-    by_memory.set(xscale="log", xlabel=f"state or cache after {int(longest):,} tokens, MB", ylabel="perplexity there")
+    by_memory.set(
+        xscale="log",
+        yscale="log",
+        xlabel=f"state or cache after {int(longest):,} tokens, MB",
+        ylabel="perplexity there",
+    )
     by_context.legend(fontsize=8)
-    for axes in (by_context, by_memory):
+    for axes in (by_context, by_memory, by_tokens):
         axes.grid(alpha=0.3)
     if quick:
         figure.suptitle("smoke run: these figures mean nothing")

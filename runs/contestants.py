@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from mamba3 import Mamba3
 from mamba3.nn import Attention, RMSNorm, init
-from mamba3.nn.short_conv import ShortConv
 from mamba3.ops import scan
+from mamba3.ops import triton as kernels
+from mamba3.tasks import peers
 
 STEP = 8
 
@@ -60,21 +61,8 @@ class RotaryAttention(Attention):
         return self._out(F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True).transpose(1, 2))
 
 
-class Mamba2(nn.Module):
-    """Mamba-2 (arXiv 2405.21060) as its authors release it: convolution of 4, gated RMSNorm, A in [1, 16], one group."""
-
-    def __init__(self, d_model: int, d_state: int, headdim: int):
-        super().__init__()
-        self.d_inner, self.n, self.headdim = 2 * d_model, d_state, headdim
-        self.heads = self.d_inner // headdim
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner + 2 * d_state + self.heads, bias=False)
-        self.conv = ShortConv(self.d_inner + 2 * d_state, 4)
-        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(self.heads)) for _ in range(3))
-        init.dt_bias_(self.dt_bias.data, 1e-3, 1e-1, 1e-4)
-        nn.init.uniform_(self.A_log, 1, 16).data.log_()
-        nn.init.ones_(self.D)
-        self.norm = RMSNorm(self.d_inner)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+class Mamba2(peers.Mamba2Weights):
+    """The layer with a scan of its authors', and everything else in float32 under autocast or in one kernel."""
 
     def forward(self, u: Tensor) -> Tensor:
         z, x, B, C, dt = self.before(u)
@@ -130,6 +118,18 @@ def scan_of(device: torch.device) -> str:
             if importlib.util.find_spec(name) is not None:
                 return name
     return "ours"
+
+
+def kernel_of(kind: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What computes a kind's sequence mixing while it is trained here."""
+    if kind == "transformer":
+        return "torch's scaled_dot_product_attention"
+    if kind.startswith("mamba2"):
+        return scan_of(device)
+    if kind == "gdn":
+        return "fla"
+    taken = device.type == "cuda" and kernels.why_not(device, dtype) is None and dtype in kernels.TRAINS
+    return "mamba3 triton" if taken else "mamba3 chunked"
 
 
 class GatedDelta(nn.Module):

@@ -33,23 +33,33 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rates", nargs="+", type=float, default=(3e-5, 1e-4))
     parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument(
+        "--groups", type=int, default=4, help="of similar length, into which a step's sequences are cut"
+    )
     parser.add_argument("--sequences", type=int, default=512, help="evaluated at each length; half of them validate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     model = Mamba3LM.from_pretrained(options.model)
-    entrants = Folded([model.config] * len(options.rates), [0] * len(options.rates))
+    entrants = Folded([model.config] * len(options.rates), [0] * len(options.rates), kernels=options.device != "cpu")
     wide, _ = widened(model.config, {k: v.detach() for k, v in model.state_dict().items()})
     entrants.weights = entrants.layout.join({k: torch.stack([v] * len(options.rates)) for k, v in wide.items()})
     longest = max(options.stages)
     settings = Settings(
         stages=options.stages, steps=options.steps, batch=options.batch, weight_decay=options.weight_decay,
-        ranges=tuple((n, n) for n in (longest, 256, 4 * longest)), sequences=options.sequences,
+        ranges=tuple((n, n) for n in dict.fromkeys((longest, 256, *options.stages, 2 * longest, 4 * longest))),
+        sequences=options.sequences,
         long_sequences=options.sequences,
     )  # fmt: skip
     members = tuple(Member("mamba3", rate, 0) for rate in options.rates)
     count = len(options.stages)
     plan = Plan(
-        options.task, model.config.d_model, members, settings, (len(members),) * count, (4,) * count, data_seed=7
+        options.task,
+        model.config.d_model,
+        members,
+        settings,
+        (len(members),) * count,
+        (options.groups,) * count,
+        data_seed=7,
     )
     results = Sweep(
         plan, entrants, options.out, torch.device(options.device), validate_every=max(1, options.steps // 5),

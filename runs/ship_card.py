@@ -12,13 +12,15 @@ def _row(tokens: str, found: dict[str, float | None]) -> str:
 
 def card(result: dict[str, Any], config: Mamba3Config) -> str:
     """README.md of the model's folder."""
+    books = result["books"]
     epochs = result["tokens"] / result["corpus_tokens"]
     kind = f"MIMO, rank {config.mimo_rank}" if config.mimo_rank > 1 else "SISO"
     rows = "\n".join(_row(tokens, found) for tokens, found in result["test"].items())
     precision = "bfloat16 autocast over float32 parameters" if result["dtype"] == "bfloat16" else "float32"
-    finished = (
-        "" if result["step"] == result["steps"] else f" (unfinished: step {result['step']:,} of {result['steps']:,})"
-    )
+    fall = f"a linear fall over the last {result['fall']:,} steps" if result["fall"] else "no fall yet"
+    devices = f"one {result['device']}" if result["devices"] == 1 else f"{result['devices']} {result['device']} (DDP)"
+    end = "" if result["steps"] is None else f" of {result['steps']:,}"
+    finished = "" if result["step"] == result["steps"] else f" (unfinished: step {result['step']:,}{end})"
     smoke = "\n**A smoke run on made-up tokens: nothing here means anything.**\n" if result["quick"] else ""
     return f"""---
 license: apache-2.0
@@ -33,16 +35,17 @@ tags: [mamba-3, state-space-model]
 text, however long, is {result["state_bytes"]:,} bytes.
 
 ## Data
-997 English books of the 19th and early 20th century in the public domain (from rcdm-uga/Gutenberg_Text,
-computationalstylistics/100_english_novels and COST-ELTeC/ELTeC-eng), duplicates removed, 25 whole books held out: 13 for
-validation, 12 for the test below. {result["corpus_tokens"]:,} training tokens of a byte-level BPE trained on the same books.
+{books["train"]:,} English books of the 19th and early 20th century in the public domain (from rcdm-uga/Gutenberg_Text,
+computationalstylistics/100_english_novels and COST-ELTeC/ELTeC-eng), duplicates removed; whole books held out: {books["val"]}
+for validation, {books["test"]} for the test below. {result["corpus_tokens"]:,} training tokens of a byte-level BPE of the
+same books.
 
 ## Recipe
 `runs/ship.py --rank {result["rank"]}`: AdamW (0.9, 0.95), weight decay 0.1, clipping 1.0; peak rate
-{result["lr"]:g} after a warm-up, then constant, then a linear fall over the last fifth; {precision};
+{result["lr"]:g} after {result["warmup"]} steps of warm-up, then constant, then {fall}; {precision};
 {result["batch_tokens"]:,} tokens a step in rows of {result["seq_len"]:,}; {result["step"]:,} steps,
-{result["tokens"]:,} tokens ({epochs:.2f} passes over the corpus), {result["skipped"]} steps skipped. On one
-{result["device"]}, torch {result["torch"]}, {result["tokens_per_second"]:,.0f} tokens/s. Loss over the last 50 steps
+{result["tokens"]:,} tokens ({epochs:.2f} passes over the corpus), {result["skipped"]} steps skipped.
+On {devices}, torch {result["torch"]}, {result["tokens_per_second"]:,.0f} tokens/s. Loss over the last 50 steps
 {result["train_loss"]:.3f}.
 
 ## Measured on the test books, as shipped

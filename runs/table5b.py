@@ -25,22 +25,23 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from table5b_figure import TASKS, draw
 
 from mamba3.ops.state_file import replace_file
 from mamba3.tasks import make_task
-from mamba3.tasks.models import KINDS, LAYERS, OTHER_LAYERS, model_config
-from mamba3.tasks.peers import PEERS, Peer, why_not
+from mamba3.tasks.models import LAYERS, OTHER_LAYERS, model_config
+from mamba3.tasks.peers import PEERS, peer, why_not
 from mamba3.tasks.plan import Member, Plan
 from mamba3.tasks.settings import PAPER_RATES, Settings
 from mamba3.tasks.sweep import Sweep
 
-TASKS = ("parity", "arithmetic", "arithmetic-brackets")
 # Scaled accuracy in % at 256 tokens, as printed in arXiv 2603.15569, Table 5b.
 PAPER = {
     "mamba3": (100.00, 98.51, 87.75), "mamba3-rope": (1.56, 20.70, 2.62), "mamba3-norotation": (2.27, 1.49, 0.72),
     "mamba2": (0.90, 47.81, 0.88), "gdn": (100.00, 99.25, 93.50),
 }  # fmt: skip
 FULL = Settings()
+PARITY_STEPS = 2_500  # of each stage; the paper's 10,000 are --steps 10000
 QUICK = Settings(stages=(5, 9), steps=3, batch=8, ranges=((12, 12), (5, 12), (24, 24)), sequences=32, long_sequences=32)
 QUICK_SIZES = {"d_state": 8, "headdim": 16, "layers": 1}
 ROTATION = ("mamba3", "mamba3-rope", "mamba3-norotation")
@@ -49,7 +50,7 @@ WINNERS = {4: (8, 5, 3, 3), 2: (8, 4)}  # models of a kind that enter each stage
 OTHERS = {4: (8, 4, 2, 2), 2: (8, 4)}
 
 
-def plans(settings: Settings, rates: tuple[float, ...]) -> dict[str, Plan]:
+def plans(settings: Settings, rates: tuple[float, ...], parity_steps: int) -> dict[str, Plan]:
     """All plans by name, the most wanted first."""
     found: dict[str, Plan] = {}
 
@@ -57,7 +58,7 @@ def plans(settings: Settings, rates: tuple[float, ...]) -> dict[str, Plan]:
         members = tuple(Member(kind, rate, 0) for kind in kinds for rate in rates)
         stages = len(settings.stages)
         # Grazzi et al.'s repository: no weight decay on parity, 0.1 on arithmetic.
-        own = replace(settings, weight_decay=0.0) if task == "parity" else settings
+        own = replace(settings, weight_decay=0.0, steps=parity_steps) if task == "parity" else settings
         found[f"{task}.{name}.d{d_model}"] = Plan(
             task, d_model, members, own, keep.get(stages, (8,) * stages), (1,) + (2,) * (stages - 1)
         )
@@ -80,6 +81,7 @@ def plans(settings: Settings, rates: tuple[float, ...]) -> dict[str, Plan]:
             add(kind, task, 64, (kind,), OTHERS)
     for task in TASKS:
         add("allturn", task, 64, ("mamba3-allturn",), OTHERS)
+    add("allturn", "parity", 32, ("mamba3-allturn",), OTHERS)
     add("ablations", "parity", 64, ABLATIONS, OTHERS)
     for task in hard:
         add("ablations", task, 64, ABLATIONS, OTHERS)
@@ -101,7 +103,7 @@ def seed_plans(wanted: dict[str, Plan], out: Path, seeds: int) -> Iterator[tuple
         yield f"{name}.seeds", replace(plan, members=members, keep=keep, data_seed=1)
 
 
-def entrants(plan: Plan, quick: bool):
+def entrants(plan: Plan, quick: bool, device: torch.device, *, plain: bool = False):
     """The models of a plan."""
     from mamba3.tasks.entrants import Apart, Folded, Mapped
 
@@ -110,9 +112,13 @@ def entrants(plan: Plan, quick: bool):
     if kinds[0] in PEERS:
         layers = sizes.get("layers") or LAYERS.get(plan.task, OTHER_LAYERS)
         sizes = {k: v for k, v in sizes.items() if k != "layers"}
-        return Apart(lambda: Peer(kinds[0], task.vocab_size, plan.d_model, layers, **sizes), seeds)
+        return Apart(lambda: peer(kinds[0], task.vocab_size, plan.d_model, layers, device=device, **sizes), seeds)
     configs = [model_config(plan.task, task.vocab_size, kind, d_model=plan.d_model, **sizes) for kind in kinds]
-    return Mapped(configs[0], seeds) if kinds[0] == "transformer" else Folded(configs, seeds)
+    return (
+        Mapped(configs[0], seeds)
+        if kinds[0] == "transformer"
+        else Folded(configs, seeds, kernels=device.type == "cuda" and not plain)
+    )
 
 
 def work(options: argparse.Namespace, wanted: dict[str, Plan]) -> None:
@@ -133,8 +139,8 @@ def work(options: argparse.Namespace, wanted: dict[str, Plan]) -> None:
             continue
         try:
             Sweep(
-                plan, entrants(plan, options.quick), options.out / name, device,
-                compiled=name in options.compiled, pool=pool, save_every=options.save_every, say=say,
+                plan, entrants(plan, options.quick, device, plain=options.plain), options.out / name, device,
+                pool=pool, save_every=options.save_every, say=say,
             ).run(late)  # fmt: skip
         except Exception as error:  # noqa: BLE001 (the others go on, and the table names it)
             import traceback
@@ -161,6 +167,8 @@ def lead(options: argparse.Namespace) -> None:
     """One working process a GPU, or this one alone on a CPU or for one plan."""
     shutil.rmtree(options.out / "claims", ignore_errors=True)
     count = torch.cuda.device_count() if options.device != "cpu" else 0
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = given.split(",") if given else [str(i) for i in range(count)]
     if count * options.each <= 1:
         work(options, chosen(options))
         return
@@ -168,7 +176,7 @@ def lead(options: argparse.Namespace) -> None:
     children = [
         subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], "--worker", *share],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(i % count)},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": devices[i % count]},
             stderr=(options.out / f"worker{i}.log").open("ab"),
         )
         for i in range(count * options.each)
@@ -181,16 +189,20 @@ def chosen(options: argparse.Namespace) -> dict[str, Plan]:
     """The plans asked for, in their order."""
     settings, rates = (QUICK, (1e-3, 1e-2)) if options.quick else (FULL, PAPER_RATES)
     settings = replace(settings, **{k: v for k in ("stages", "steps") if (v := getattr(options, k)) is not None})
-    every = plans(settings, rates)
+    every = plans(settings, rates, options.steps or min(PARITY_STEPS, settings.steps))
     unknown = set(options.only or ()) - every.keys()
     if unknown:
         raise SystemExit(f"plans are {', '.join(every)}; there is no {', '.join(sorted(unknown))}.")
     wanted = {name: every[name] for name in options.only or every}
-    return {name: plan for name, plan in wanted.items() if plan.members[0].kind not in PEERS or can_run(name, plan)}
+    return {
+        name: plan
+        for name, plan in wanted.items()
+        if plan.members[0].kind not in PEERS or can_run(name, plan, options.device)
+    }
 
 
-def can_run(name: str, plan: Plan) -> bool:
-    reason = why_not(plan.members[0].kind)
+def can_run(name: str, plan: Plan, device: str) -> bool:
+    reason = why_not(plan.members[0].kind, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     if reason:
         sys.stderr.write(f"{name} is left out: {reason}.\n")
     return reason is None
@@ -224,41 +236,6 @@ def table(wanted: dict[str, Plan], out: Path) -> list[dict]:
     return rows
 
 
-def draw(rows: list[dict], out: Path, quick: bool) -> None:
-    """One panel a task: scaled accuracy over length of the best model; circles are the paper's figures at 256 tokens."""
-    from matplotlib.figure import Figure
-
-    kinds = [*KINDS, *PEERS]
-    finished = [row for row in rows if "best" in row]
-    tasks = [task for task in TASKS if any(row["task"] == task for row in finished)]
-    if not tasks:
-        return
-    figure = Figure(figsize=(4 * len(tasks) + 2, 4), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        lengths = {256}
-        for row in finished:
-            if row["task"] != task:
-                continue
-            exact = {int(k.split("-")[1]): v for k, v in row["best"].items() if len(set(k.split("-"))) == 1}
-            style, colour = "-" if row["d_model"] >= 64 else "--", f"C{kinds.index(row['model'])}"
-            label = f"{row['model']} {row['d_model']}"
-            axes.plot(list(exact), list(exact.values()), style, marker=".", color=colour, label=label)
-            lengths |= exact.keys()
-            if row["paper"] is not None:
-                axes.plot([256], [row["paper"]], "o", mfc="none", color=colour, ms=9)
-        axes.set(title=task, xlabel="tokens", ylabel="scaled accuracy, %", xscale="log")
-        axes.set_xticks(sorted(lengths), [f"{length:,}" for length in sorted(lengths)])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    handles = {
-        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    if quick:
-        figure.suptitle("smoke run: these figures mean nothing")
-    figure.savefig(out / "table5b.png", dpi=130)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("table5b"))
@@ -269,7 +246,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop by itself after so many")
     parser.add_argument("--each", type=int, default=1, help="working processes a GPU")
     parser.add_argument("--readers", type=int, default=0, help="processes that make the sequences of each worker")
-    parser.add_argument("--compiled", nargs="*", default=(), help="plans whose forward pass goes through torch.compile")
+    parser.add_argument("--plain", action="store_true", help="PyTorch where kernels would do the mixing on a GPU")
     parser.add_argument("--save-every", type=float, default=60.0, help="seconds between checkpoints")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="a few steps of tiny models, to see that all of it runs")
@@ -288,7 +265,7 @@ def main() -> None:
     replace_file(
         options.out / "table5b.json", (json.dumps({"quick": options.quick, "rows": rows}, indent=1) + "\n").encode()
     )
-    draw(rows, options.out, options.quick)
+    draw(rows, options.out / "table5b.png", options.quick)
     done = sum("best" in row for row in rows)
     sys.stdout.write(f"{done} of {len(rows)} rows are finished: {options.out / 'table5b.json'}\n")
 

@@ -12,7 +12,10 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import mamba3.ops.triton.block
     import mamba3.ops.triton.decode
-    import mamba3.ops.triton.library  # noqa: F401
+    import mamba3.ops.triton.few_rows
+    import mamba3.ops.triton.library
+    import mamba3.tasks.coefficient_kernels
+    import mamba3.tasks.mixing_kernels  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 

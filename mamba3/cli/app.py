@@ -13,6 +13,7 @@ from mamba3.cli.chat import chat
 from mamba3.cli.console import errors
 from mamba3.cli.convert import convert
 from mamba3.cli.demo import demo
+from mamba3.cli.demo_train import demo_train
 from mamba3.cli.eval import evaluate
 from mamba3.cli.generate import generate
 from mamba3.cli.info import info
@@ -43,7 +44,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, generate, chat, serve, info, convert, demo):
+for command in (train, generate, chat, serve, info, convert, demo, demo_train):
     app.command()(command)
 app.command("eval")(evaluate)
 # What follows `bench` is for the benchmarks' own command line, --help too.

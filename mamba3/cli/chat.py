@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mamba3.cli.console import errors
+from mamba3.cli.options import DeviceName, DtypeName, MinP, ModelName, Temperature, TokenizerName, TopK, TopP
 from mamba3.cli.serving import find_template, need_serve_extra
 
 if TYPE_CHECKING:
@@ -19,27 +20,23 @@ _FILE = "chat"  # what the session in --session FILE is called inside
 
 
 def chat(
-    model: Annotated[
-        str, typer.Option(help="a model folder in any layout, the folder of a training run, or a hub id (owner/name)")
-    ] = "run",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json, its folder or a hub id, if none lies beside the model")
-    ] = None,
+    model: ModelName = "run",
+    tokenizer: TokenizerName = None,
     system: Annotated[str, typer.Option(help="what the model is told before the first turn")] = "",
     session: Annotated[
         Path | None, typer.Option(help="file that the conversation goes on from and is saved to")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="tokens of one reply at most")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="keep the k likeliest tokens; 0 keeps all")] = 0,
-    top_p: Annotated[float, typer.Option(help="keep the likeliest tokens whose mass reaches p")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="keep tokens at least this share as likely as the likeliest")] = 0.0,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
     seed: Annotated[int | None, typer.Option(help="of the draws")] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="a Jinja file, or `plain`; that of the model if absent, else plain")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="dtype of the weights; as saved if absent")] = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = None,
 ) -> None:
     """Talk with a model. With --session FILE the conversation goes on the next time, without reading it again."""
     need_serve_extra()
@@ -80,10 +77,7 @@ def _open(store: "SessionStore", file: Path | None) -> str:
 def _save(store: "SessionStore", talk: "Session", file: Path) -> None:
     from mamba3.ops.state_file import replace_file
 
-    talk.busy = False  # it is ours, between two turns
-    data = store.export("", talk.id)
-    talk.busy = True
-    replace_file(file, data)
+    replace_file(file, store.dump(talk))
 
 
 def _turn(

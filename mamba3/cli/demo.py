@@ -1,261 +1,74 @@
-"""`mamba3 demo`: train a small model on Python's own source, write with it, stop it, move it to another process.
+"""`mamba3 demo`: a page from the model that comes with the package, on a processor; then the same state in another process.
 
-Needs two cores and a few minutes; no GPU, no network. Every number that it shows is measured while it runs.
+Downloads nothing and needs no GPU. Every number that it shows is measured while it runs.
 """
 
-import json
-import os
-import statistics
-import subprocess
-import sys
-import sysconfig
+import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.panel import Panel
-from rich.table import Table
 
 from mamba3.cli.console import console
-from mamba3.train.config import TrainConfig
+from mamba3.cli.elsewhere import go_on_elsewhere
 
-if TYPE_CHECKING:
-    from mamba3.lm import Mamba3Config
-    from mamba3.train import Trainer
-
-MODEL: dict[str, Any] = {"d_model": 192, "layers": ("mamba3",) * 2, "d_state": 32, "headdim": 64, "d_intermediate": 384}
-TRAINING: dict[str, Any] = {
-    "tokenizer": "bpe", "vocab_size": 1024, "seq_len": 256, "batch_tokens": 2048, "lr": 5e-3, "warmup_steps": 20,
-    "eval_every": 50, "eval_tokens": 8_192, "save_every": 100,
-}  # fmt: skip
-STEPS = (100, 2000)  # however fast or slow the machine is
-TIMING = 5.0  # seconds after which timing is not gone on with
-PATIENCE = 1.6  # times the planned seconds, then training is left off
-PROMPT = "\n    def __init__(self"
-SAMPLE, CONTINUATION = 200, 60  # tokens
-SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9}
-MARKS = (1_000, 200_000)  # tokens read when memory is measured
+MODEL = "books"
+PROMPT = "CHAPTER I\n\nIt was late in the autumn when"
+PAGE, CONTINUATION = 400, 40  # tokens
+SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
+READING = 250  # words a minute of silent reading, about (Brysbaert, Journal of Memory and Language 109, 2019)
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="folder of the demonstration")] = Path("demo-run"),
-    seconds: Annotated[int, typer.Option(help="time to train for, about", min=1)] = 90,
-    restart: Annotated[bool, typer.Option("--restart", help="begin anew, whatever the folder holds")] = False,
+    prompt: Annotated[str, typer.Option(help="how the page begins")] = PROMPT,
+    tokens: Annotated[int, typer.Option(help="length of the page", min=1)] = PAGE,
+    seed: Annotated[int, typer.Option(help="of the draws: another one writes another page")] = 0,
 ) -> None:
-    """Train, generate, save the state, resume it in a new process: all in a few minutes on two cores."""
-    import torch
-
+    """Write a page with the model that comes with the package, and go on with it in another process."""
     began = time.perf_counter()
-    torch.manual_seed(0)
-    console.rule("1. Train on the Python standard library")
-    trainer = _train(out, seconds, restart)
-    place = trainer.folder / "model"
-    torch.set_num_threads(1)  # one token at a time is too little work to share
-    console.rule("2. Write Python")
-    text, state = _write(place, out)
-    console.rule("3. Stop, and go on in another process")
-    _resume_elsewhere(place, text, state)
-    console.rule("4. Read on and on in the same memory")
-    _read_on(place, trainer, out)
-    console.rule("What next")
-    _say_what_next(place, time.perf_counter() - began)
-
-
-def shape(vocabulary: int) -> "Mamba3Config":
-    from mamba3.lm import Mamba3Config
-
-    return Mamba3Config(vocab_size=vocabulary, **MODEL)
-
-
-# -- 1
-
-
-def _train(out: Path, seconds: int, restart: bool) -> "Trainer":
     import torch
 
-    from mamba3.cli.train import run_training
-    from mamba3.train.report import METRICS, read_metrics
-
-    out.mkdir(parents=True, exist_ok=True)
-    corpus = _write_corpus(out / "corpus.jsonl")
-    plan = _plan(out / "plan.json", seconds, restart)
-    torch.set_num_threads(plan["threads"])
-    config = TrainConfig(**TRAINING, steps=plan["steps"])
-    trainer = run_training(
-        corpus,
-        out / "run",
-        config,
-        shape,
-        start="restart" if restart else "auto",
-        device="cpu",
-        patience=PATIENCE * seconds,  # the machine may have become busy since the steps were planned
-    )
-    validations = [line for line in read_metrics(trainer.folder / METRICS) if line["kind"] == "val"]
-    first, last = validations[0], validations[-1]
-    table = Table("on held-out files", f"step {first['step']}", f"step {last['step']}")
-    for label, key, digits in (("perplexity", "perplexity", 1), ("bits per byte", "bits_per_byte", 3)):
-        table.add_row(label, f"{first[key]:,.{digits}f}", f"{last[key]:,.{digits}f}")
-    console.print(table)
-    console.print(f"Loss curve: {trainer.folder / 'loss.png'}")
-    return trainer
-
-
-def _write_corpus(path: Path) -> Path:
-    """One JSON line for each module at the top of the standard library, in order of name."""
-    from mamba3.ops.state_file import replace_file
-
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in sorted(folder.glob("*.py"))]
-    if not texts:
-        raise ValueError(f"the demonstration reads the standard library's source, but {folder} holds no .py file.")
-    replace_file(path, "".join(json.dumps({"text": text}) + "\n" for text in texts if text).encode())
-    return path
-
-
-def _plan(path: Path, seconds: int, restart: bool) -> dict[str, int]:
-    """Threads, and steps that take about `seconds` with them here.
-
-    Found by timing once and then kept, so that an interrupted run is resumed as it was.
-    """
-    if path.is_file() and not restart:
-        plan = json.loads(path.read_text())
-        if plan["seconds"] != seconds:
-            raise ValueError(
-                f"a demonstration goes on as it was planned, but {path} is for {plan['seconds']} seconds, not {seconds}; "
-                "leave out --seconds or give --restart."
-            )
-        return plan
-    import torch
-
-    from mamba3.ops.state_file import replace_file
-
-    times = {threads: _seconds_per_step(threads) for threads in sorted({1, torch.get_num_threads()})}
-    threads = min(times, key=lambda n: times[n])  # where others use the cores too, one thread may be the fastest
-    steps = min(max(int(seconds / times[threads]), STEPS[0]), STEPS[1])
-    timed = ", ".join(f"{step:.2f} s on {n} thread{'s'[: n > 1]}" for n, step in times.items())
-    console.print(f"A step takes {timed} here; planned are {steps} steps, threads: {threads}.")
-    plan = {"seconds": seconds, "steps": steps, "threads": threads}
-    replace_file(path, json.dumps(plan).encode())
-    return plan
-
-
-def _seconds_per_step(threads: int) -> float:
-    """Median time of a step on tokens of no meaning."""
-    import torch
-
-    from mamba3.lm import Mamba3LM
-    from mamba3.train.objective import batch_loss
-    from mamba3.train.optim import build_optimizer
-    from mamba3.train.packing import Batch
-
-    torch.set_num_threads(threads)
-    config = TrainConfig(**TRAINING)
-    assert config.vocab_size is not None
-    model = Mamba3LM(shape(config.vocab_size))
-    optimizer = build_optimizer(model, config)
-    ids = torch.randint(config.vocab_size, (config.batch_tokens + 1,))
-    bounds = torch.arange(0, config.batch_tokens + 1, config.seq_len, dtype=torch.int32)
-    times: list[float] = []
-    while len(times) < 3 or (len(times) < 10 and sum(times) < TIMING):
-        began = time.perf_counter()
-        batch_loss(model, Batch(ids[None, :-1], ids[1:], bounds), torch.float32).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
-
-
-# -- 2, 3
-
-
-def _write(place: Path, out: Path) -> tuple[str, Path]:
-    """Generate, save the state in the middle, go on: the text after the middle, and the file."""
     from mamba3.cli.models import load_model
     from mamba3.cli.session import Session
     from mamba3.lm.generate import Sampling
-    from mamba3.train.tokenizer import TextStream, encode
+    from mamba3.text.encode import encode, end_of_text
+    from mamba3.text.stream import TextStream
 
-    model, tokenizer = load_model(place, None, "cpu", None)
-    session, stream, sampling = Session.new(model), TextStream(tokenizer), Sampling(**SAMPLING)
-    session.generator.manual_seed(1)
-    session.add(encode(tokenizer, [PROMPT])[0].tolist())
-    began = time.perf_counter()
-    sample = "".join(stream.push(token) for token in session.tokens(sampling, SAMPLE))
-    speed = SAMPLE / (time.perf_counter() - began)
-    console.print(Panel(f"[bold]{escape(PROMPT)}[/]{escape(sample)}", title=f"{SAMPLE} tokens, {speed:,.0f} tokens/s"))
-    state = out / "state.safetensors"
-    session.context = stream.context
-    session.save(state)
-    rest = "".join(stream.push(token) for token in session.tokens(sampling, CONTINUATION)) + stream.finish()
-    return rest, state
-
-
-def _resume_elsewhere(place: Path, expected: str, state: Path) -> None:
-    command = ["generate", "--model", str(place), "--state-in", str(state)]
-    command += ["--max-new-tokens", str(CONTINUATION), "--device", "cpu"]
-    command += [part for name, value in SAMPLING.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    console.print(
-        f"The state after {SAMPLE} tokens is in {state} ({state.stat().st_size:,} bytes). A new process goes on from it:"
-    )
-    console.print(f"[dim]mamba3 {escape(' '.join(command))}[/]", soft_wrap=True)
-    found = _in_new_process("mamba3.cli", *command)
-    console.print(Panel(escape(found), title=f"process of its own, {CONTINUATION} tokens"))
-    if found != expected:
-        raise ValueError(
-            f"going on from a saved state must give the text of never having stopped, which was {expected!r}, but gave "
-            f"{found!r}; please report this."
-        )
-    console.print("[green]The same text, character for character, as in the process that never stopped.[/]")
-
-
-def _in_new_process(module: str, *arguments: str) -> str:
-    """What `python -m module` with these arguments, on one thread, writes to stdout."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        raise ChildProcessError(
-            f"`{module} {arguments[0]}` must end without an error, but ended with code {done.returncode}: "
-            f"{done.stderr.decode(errors='replace').strip()}"
-        )
-    return done.stdout.decode()
-
-
-# -- 4
-
-
-def _read_on(place: Path, trainer: "Trainer", out: Path) -> None:
-    import numpy as np
-
-    tokens = out / "read.npy"
-    np.save(tokens, trainer.data.tokens.read(0, MARKS[-1]))
-    console.print(f"A new process reads {MARKS[-1]:,} tokens of source code from one state ...")
-    began = time.perf_counter()
-    found: list[Any] = json.loads(_in_new_process("mamba3.cli.memory", str(place), str(tokens), *map(str, MARKS)))
+    torch.set_num_threads(1)  # one token at a time is too little work to share
+    model, tokenizer = load_model(MODEL, None, "cpu", None)
+    console.rule("1. A page from a model that comes with the package")
     seconds = time.perf_counter() - began
-    table = Table("tokens read", "state", "process (resident)")
-    for read, state, resident in found:
-        table.add_row(f"{read:,}", f"{state:,} bytes", f"{resident / 2**20:,.1f} MiB" if resident else "unknown here")
-    console.print(table)
-    (_, state_before, before), (_, state_after, after) = found
-    same = "equal" if state_before == state_after else "NOT equal"
-    line = f"State: {same}, {state_after:,} bytes."
-    if before and after:
-        line += f" Process: {(after - before) / before:+.2%} from {MARKS[0]:,} to {MARKS[-1]:,} tokens."
-    console.print(f"{line} Done in {seconds:.1f} s, start of the process included.")
-
-
-def _say_what_next(place: Path, seconds: float) -> None:
+    console.print(f"{model.num_parameters():,} parameters, trained on old English novels; loaded in {seconds:.1f} s.\n")
+    session, stream, sampling = Session.new(model), TextStream(tokenizer), Sampling(**SAMPLING)
+    session.generator.manual_seed(seed)
+    # Documents begin after an end-of-text token.
+    session.add([end_of_text(tokenizer), *encode(tokenizer, [prompt])[0].tolist()])
+    console.print(f"[bold]{escape(prompt)}[/]", end="", soft_wrap=True)
+    written, began = [], time.perf_counter()
+    for token in session.tokens(sampling, tokens):
+        written.append(stream.push(token))
+        console.print(written[-1], end="", markup=False, soft_wrap=True)
+    seconds = time.perf_counter() - began
+    words = len("".join(written).split())
     console.print(
-        f"All of this took {seconds:.0f} s. Try:\n"
-        f"  mamba3 generate --model {place} --prompt 'class Node:' --max-new-tokens 300\n"
-        "  mamba3 train YOUR_TEXT --out run --tokenizer bpe        (a file, a folder or JSON lines; Ctrl-C and go on)\n"
-        "  mamba3 demo --restart --seconds 600                     (the same, trained for longer)\n"
-        "  mamba3 info                                             (devices, and what runs on them)",
+        f"\n\n{tokens} tokens, {words} words in {seconds:.1f} s on one thread: {tokens / seconds:,.0f} tokens/s, "
+        f"{60 * words / seconds:,.0f} words a minute; people read about {READING}."
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder) / "page.safetensors"
+        session.context = stream.context
+        session.save(state)
+        console.rule("2. Stop, and go on in another process")
+        console.print("All that the model remembers is one state, as large after a page as after a library.")
+        rest = "".join(stream.push(token) for token in session.tokens(sampling, CONTINUATION)) + stream.finish()
+        go_on_elsewhere(MODEL, rest, state, SAMPLING, CONTINUATION)
+    console.rule("What next")
+    console.print(
+        f"  mamba3 generate --model {MODEL} --prompt 'The old house'     (your own beginning)\n"
+        "  mamba3 demo --seed 1                                     (another page)\n"
+        "  mamba3 demo-train                                        (train a model of your own here, in minutes)\n"
+        "  mamba3 info                                              (devices, and what runs on them)",
         soft_wrap=True,
     )

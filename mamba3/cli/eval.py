@@ -13,20 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mamba3.cli.console import console, errors
+from mamba3.cli.options import DeviceName, DtypeName, ModelName, TokenizerName
 
 _PAPER = "lambada_openai,hellaswag,piqa,arc_easy,arc_challenge,winogrande,openbookqa"
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Option(help="a model folder in any layout, the folder of a training run, or a hub id (owner/name)")
-    ] = "run",
+    model: ModelName = "run",
     tasks: Annotated[
         str, typer.Option(help="tasks of the harness, and niah_single_1 to 3, separated by commas")
     ] = _PAPER,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json, its folder or a hub id, if none lies beside the model")
-    ] = None,
+    tokenizer: TokenizerName = None,
     out: Annotated[Path, typer.Option(help="where the results go, as JSON")] = Path("results.json"),
     limit: Annotated[int | None, typer.Option(help="documents of each task at most", min=1)] = None,
     source: Annotated[
@@ -41,8 +38,8 @@ def evaluate(
     haystack: Annotated[
         Path | None, typer.Option(help="prose to hide needles of niah_single_2 and 3 in; bundled stories if absent")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="dtype of the weights; as saved if absent")] = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = None,
     decay: Annotated[str, typer.Option(help="of official weights: auto, softplus or heavy_tail")] = "auto",
 ) -> None:
     """Score a model. Stopped, the same command goes on: answers are kept beside the results until all are there."""

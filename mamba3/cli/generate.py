@@ -8,31 +8,28 @@ from typing import Annotated
 import typer
 
 from mamba3.cli.console import errors
+from mamba3.cli.options import DeviceName, DtypeName, MinP, ModelName, Temperature, TokenizerName, TopK, TopP
 
 _CONTEXT = 8  # tokens of the prompt's end that may decide how the next token is spelled
 
 
 def generate(
-    model: Annotated[
-        str, typer.Option(help="a model folder in any layout, the folder of a training run, or a hub id (owner/name)")
-    ] = "run",
+    model: ModelName = "run",
     prompt: Annotated[str, typer.Option(help="text to continue; may be empty")] = "",
     prompt_file: Annotated[Path | None, typer.Option(help="read the prompt from this file")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json, its folder or a hub id, if none lies beside the model")
-    ] = None,
+    tokenizer: TokenizerName = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to choose at most")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="keep the k likeliest tokens; 0 keeps all")] = 0,
-    top_p: Annotated[float, typer.Option(help="keep the likeliest tokens whose mass reaches p")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="keep tokens at least this share as likely as the likeliest")] = 0.0,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="above 1: tokens seen before become less likely")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="of the draws; a saved state goes on with its own")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be given several times")] = None,
     state_in: Annotated[Path | None, typer.Option(help="go on from this state")] = None,
     state_out: Annotated[Path | None, typer.Option(help="save the state here at the end")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="dtype of the weights; as saved if absent")] = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = None,
     decay: Annotated[str, typer.Option(help="of official weights: auto, softplus or heavy_tail")] = "auto",
 ) -> None:
     """Continue a text. Going on from --state-in with no prompt gives the tokens of never having stopped."""

@@ -10,6 +10,7 @@ from mamba3.lm import Mamba3LM
 from mamba3.train import checkpoint
 from mamba3.train.tokenizer import FILE_NAME
 
+SHIPPED = {"books": Path(__file__).parents[1] / "data" / "books"}  # models that come with the package, by name
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
@@ -38,18 +39,21 @@ def pick_device(name: str) -> torch.device:
 
 
 def find_model(name: str | Path) -> Path:
-    """The model folder itself, the newest checkpoint of a run folder, or the files of a repository of the hub."""
+    """The model folder itself, the newest checkpoint of a run folder, a model of the package, or a repository of the hub."""
     folder = Path(name)
     if (folder / "config.json").is_file():
         return folder
     checkpoints = checkpoint.list_checkpoints(folder)
     if checkpoints:
         return checkpoints[-1]
+    if not folder.exists() and str(name) in SHIPPED:
+        return SHIPPED[str(name)]
     if not folder.exists() and hub.is_repo_id(str(name)):
         return hub.find_folder(str(name))
     raise ValueError(
         f"a model folder must hold config.json and model.safetensors, or be a run of `mamba3 train`, but {folder} "
-        f"{'is neither' if folder.exists() else 'does not exist'}; name another folder, or a repository of the hub."
+        f"{'is neither' if folder.exists() else 'does not exist'}; name another folder, {' or '.join(SHIPPED)}, which comes "
+        "with the package, or a repository of the hub."
     )
 
 

@@ -6,21 +6,18 @@ from typing import Annotated
 
 import typer
 
+from mamba3.cli.options import DeviceName, DtypeName, ModelName, TokenizerName
 from mamba3.cli.serving import need_serve_extra
 
 
 def serve(
-    model: Annotated[
-        str, typer.Option(help="a model folder in any layout, the folder of a training run, or a hub id (owner/name)")
-    ] = "run",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json, its folder or a hub id, if none lies beside the model")
-    ] = None,
+    model: ModelName = "run",
+    tokenizer: TokenizerName = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
     name: Annotated[str | None, typer.Option(help="what clients call the model; the folder's name if absent")] = None,
     rows: Annotated[int, typer.Option(help="sequences continued at a time")] = 16,
-    queue: Annotated[int, typer.Option(help="requests that may wait; more are told to come back (429)")] = 256,
+    queue: Annotated[int, typer.Option(help="requests of a key that may wait; more are told to come back (429)")] = 256,
     prefill_chunk: Annotated[int, typer.Option(help="tokens of a prompt read at a time")] = 512,
     step_tokens: Annotated[
         int, typer.Option(help="tokens read in a step, which bounds the time between tokens")
@@ -30,20 +27,33 @@ def serve(
     ] = None,
     max_length: Annotated[int, typer.Option(help="tokens of one sequence of a hybrid")] = 65_536,
     max_tokens: Annotated[int, typer.Option(help="tokens chosen for a request at most")] = 4096,
+    attention_mib: Annotated[
+        int, typer.Option(help="MiB of pages for a hybrid's caches, of all rows and snapshots together")
+    ] = 1024,
     cache_mib: Annotated[int, typer.Option(help="MiB of the prefix cache; 0 for none")] = 256,
     speculate: Annotated[
         int, typer.Option(help="tokens guessed at a time, by --draft or by what came before; 0: none")
     ] = 0,
     draft: Annotated[str | None, typer.Option(help="a smaller model of the same tokenizer that guesses")] = None,
+    graphs: Annotated[
+        bool, typer.Option(help="steps as CUDA graphs on a GPU, captured before the server listens")
+    ] = True,
+    state_dtype: Annotated[
+        str | None, typer.Option(help="dtype of matrix states in rows on a GPU: float16 or bfloat16 halve them")
+    ] = None,
     exact: Annotated[bool, typer.Option(help="results do not depend on the batch by a single bit; slower")] = False,
     sessions: Annotated[
         Path | None, typer.Option(help="folder for sessions; without it they end with the server")
     ] = None,
-    session_mib: Annotated[int, typer.Option(help="MiB of sessions in memory; more are parked")] = 1024,
+    session_mib: Annotated[
+        int, typer.Option(help="MiB of sessions in memory; more are parked, or their states given up")
+    ] = 1024,
     session_dtype: Annotated[
         str | None, typer.Option(help="dtype of states in session files: bfloat16 halves them")
     ] = None,
-    save_turns: Annotated[bool, typer.Option(help="write a session after each turn, or only when it is parked")] = True,
+    save_turns: Annotated[
+        bool, typer.Option(help="write a session after each change, or only when it is parked")
+    ] = True,
     chat_template: Annotated[
         str | None, typer.Option(help="a Jinja file, or `plain`; that of the model if absent")
     ] = None,
@@ -52,33 +62,37 @@ def serve(
     ] = None,
     per_key: Annotated[int, typer.Option(help="requests of one key at a time")] = 64,
     drain_seconds: Annotated[int, typer.Option(help="after SIGTERM, what is under way may take so long")] = 30,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="dtype of the weights; as saved if absent")] = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = None,
 ) -> None:
     """Serve a model to OpenAI's clients, with sessions; stop it with Ctrl-C or SIGTERM."""
     need_serve_extra()
     from mamba3.cli.models import load_model, pick_dtype
-    from mamba3.cli.serving import find_template
+    from mamba3.cli.serving import capture_graphs, find_template
     from mamba3.engine import EngineConfig, ModelDraft, SessionStore
     from mamba3.serve import ServeConfig, Service
     from mamba3.serve.run import serve as run
 
     engine = EngineConfig(
         rows=rows, queue=queue, prefill_chunk=prefill_chunk, step_tokens=step_tokens, quantum=quantum,
-        max_length=max_length, cache_bytes=cache_mib * 2**20, exact=exact, speculate=speculate,
+        max_length=max_length, attention_bytes=attention_mib * 2**20, cache_bytes=cache_mib * 2**20, exact=exact,
+        speculate=speculate, graphs=graphs, state_dtype=state_dtype,
     )  # fmt: skip
     keys = _read_keys(api_keys)
     lm, encoder = load_model(model, tokenizer, device, dtype)
     guesser = None if draft is None else ModelDraft(load_model(draft, tokenizer or model, device, dtype)[0])
-    store = SessionStore(lm, sessions, budget=session_mib * 2**20, dtype=pick_dtype(session_dtype))
+    store = SessionStore(
+        lm, sessions, budget=session_mib * 2**20, dtype=pick_dtype(session_dtype), owners=max(1, len(keys)),
+        save_turns=save_turns,
+    )  # fmt: skip
     config = ServeConfig(
         model_name=name or Path(model).name,
         api_keys=keys,
         max_tokens=max_tokens,
         per_key=per_key,
-        save_turns=save_turns,
     )
     service = Service(lm, encoder, find_template(chat_template, model, encoder), config, engine, store, guesser)
+    capture_graphs(service.engine)
     run(service, host, port, drain_seconds)
 
 

@@ -4,9 +4,13 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from mamba3.engine import Engine
     from mamba3.serve import ChatTemplate
 
 _LIBRARIES = ("fastapi", "uvicorn", "prometheus_client", "openai", "jinja2")
@@ -17,6 +21,16 @@ def need_serve_extra() -> None:
     missing = [name for name in _LIBRARIES if not importlib.util.find_spec(name)]
     if missing:
         raise ValueError(f"serving needs {', '.join(missing)}; pip install 'mamba3[serve]'.")
+
+
+def capture_graphs(engine: "Engine") -> None:
+    """Capture the engine's CUDA graphs, with a bar on stderr where that is a terminal; nothing where there are none."""
+    console = Console(stderr=True)
+    columns = (TextColumn("capturing graphs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        for done, total in engine.capture():
+            bar.update(task, completed=done, total=total)
 
 
 def find_template(given: str | None, model: str, tokenizer: "Tokenizer") -> "ChatTemplate | None":

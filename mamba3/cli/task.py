@@ -8,6 +8,7 @@ import typer
 from rich.table import Column, Table
 
 from mamba3.cli.console import console
+from mamba3.cli.options import DeviceName
 
 task_app = typer.Typer(help="State tracking and recall: train a small model, look inside.", no_args_is_help=True)
 _ARROWS = "→↗↑↖←↙↓↘"
@@ -45,7 +46,7 @@ def fit(
     ] = "256-256,40-256,512-512,1024-1024,4096-4096",
     sequences: Annotated[int, typer.Option(help="fresh sequences in each range that ends by 256")] = 8192,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 500,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: DeviceName = "auto",
 ) -> None:
     """Train a model for every rate and seed at once, evaluate all of them, keep the best."""
     from mamba3.cli.interrupt import INTERRUPTED, stop_on_interrupt

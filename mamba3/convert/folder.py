@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mamba3.convert import files, hub, layouts
@@ -24,12 +23,12 @@ from mamba3.convert.checkpoint import read_model
 from mamba3.convert.decay import DecayChoice
 from mamba3.convert.layer import DTYPES
 from mamba3.lm import Mamba3LM, shards
+from mamba3.text.encode import find_end_of_text
 from mamba3.text.settings import SETTINGS_FILE, write_settings
 
 # Kept at float32 at least by a model in 16 bits (docs/numerics.md), so not rounded to 16 bits in its file either.
 RECURRENT = ("dt_bias", "D", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o")
 CHECKED_TOKENS = 96
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
 class Conversion(NamedTuple):
@@ -110,7 +109,7 @@ def convert_folder(
         _write_weights(place, layout, written, limit, tied=config.tie_embeddings)
         for name, file in beside.items():
             shutil.copyfile(file, place / name)
-        end = _end_of_text(encoder)
+        end = None if encoder is None else find_end_of_text(encoder)
         if layout == layouts.TRANSFORMERS and encoder is not None and not (place / SETTINGS_FILE).exists():
             write_settings(place, encoder, end)
         said = layouts.config_values(layout, config, weights["embedding.weight"].dtype, eos_token_id=end)
@@ -173,11 +172,6 @@ def _tokenizer_files(given: Path | None, folder: Path) -> dict[str, Path]:
         return {files.TOKENIZER_FILE: given}
     place = folder if given is None else given.parent
     return {name: place / name for name in files.TOKENIZER_FILES if (place / name).is_file()}
-
-
-def _end_of_text(encoder: Tokenizer | None) -> int | None:
-    tokens = [] if encoder is None else [encoder.token_to_id(name) for name in END_OF_TEXT]
-    return next((token for token in tokens if token is not None), None)
 
 
 def fixed_input(vocab_size: int) -> Tensor:

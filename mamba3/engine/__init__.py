@@ -7,10 +7,19 @@ from mamba3.engine.llm import LLM, Completion, Result
 from mamba3.engine.request import Finish, Output, Request, SamplingParams, TokenLogprob
 from mamba3.engine.scheduler import QueueFull
 from mamba3.engine.session import Session, Speech
-from mamba3.engine.sessions import SessionBusy, SessionInfo, SessionStore, TooManySessions, UnknownSession
+from mamba3.engine.session_files import SessionInfo
+from mamba3.engine.sessions import (
+    Lease,
+    SessionBusy,
+    SessionMemoryFull,
+    SessionNotSaved,
+    SessionStore,
+    TooManySessions,
+    UnknownSession,
+)
 
 __all__ = [
-    "LLM", "Completion", "Engine", "EngineConfig", "Finish", "ModelDraft", "NGramDraft", "Output", "Proposer", "QueueFull",
-    "Request", "Result", "SamplingParams", "Session", "SessionBusy", "SessionInfo", "SessionStore", "Speech", "TokenLogprob",
-    "TooManySessions", "UnknownSession",
+    "LLM", "Completion", "Engine", "EngineConfig", "Finish", "Lease", "ModelDraft", "NGramDraft", "Output", "Proposer",
+    "QueueFull", "Request", "Result", "SamplingParams", "Session", "SessionBusy", "SessionInfo", "SessionMemoryFull",
+    "SessionNotSaved", "SessionStore", "Speech", "TokenLogprob", "TooManySessions", "UnknownSession",
 ]  # fmt: skip

@@ -12,7 +12,10 @@ An engine belongs to one thread; `serve.background` gives one to many.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,16 +25,19 @@ from torch import Tensor
 
 from mamba3.engine.config import EngineConfig
 from mamba3.engine.draft import ModelDraft, NGramDraft, Proposer
+from mamba3.engine.graphs import DecodeGraphs, why_not
+from mamba3.engine.pages import OutOfPages
+from mamba3.engine.paging import Paging, longest_sequence, make_pages
 from mamba3.engine.prefix_cache import PrefixCache
 from mamba3.engine.request import Finish, FinishReason, Output, Request
 from mamba3.engine.runner import Runner
 from mamba3.engine.sampler import Choice, Draws, sample, token_logprobs
 from mamba3.engine.scheduler import Scheduler
-from mamba3.engine.sequence import Sequence, Stage
+from mamba3.engine.sequence import Mark, Sequence, Stage
 from mamba3.engine.state_pool import StatePool
 from mamba3.engine.text import TextFactory
-from mamba3.engine.validation import check_request
-from mamba3.lm import LMState, Mamba3LM
+from mamba3.engine.validation import check_model, check_request
+from mamba3.lm import Mamba3LM
 
 
 @dataclass
@@ -43,6 +49,7 @@ class Counters:
     cached_tokens: int = 0
     chosen_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0  # sequences whose state left the pages for others' sake
     guessed_tokens: int = 0
     right_guesses: int = 0
 
@@ -65,9 +72,10 @@ class Engine:
         self.model, self.config, self.end_token = model.eval(), config or EngineConfig(), end_token
         self.cache = PrefixCache(self.config.cache_bytes)
         self.counters = Counters()
-        self.scheduler = Scheduler(self.config)
-        self.pool = StatePool(model, self.config.rows, self.config.max_length)
-        self._runner = Runner(model, exact=self.config.exact)
+        check_model(model, self.config)
+        self._why_no_graphs = why_not(model, self.config)
+        self.pool = self._make_pool()
+        self._start(DecodeGraphs(model, self.pool) if self._why_no_graphs is None else None)
         self._texts = None if tokenizer is None else TextFactory(tokenizer)
         if isinstance(draft, ModelDraft) and draft.model.config.vocab_size != model.config.vocab_size:
             raise ValueError(
@@ -75,7 +83,6 @@ class Engine:
                 f"{draft.model.config.vocab_size}. Use one trained with the same tokenizer."
             )
         self._draft = draft or NGramDraft()
-        self._bounded = "attention" in model.config.layers
         self._requests: dict[str, list[Sequence]] = {}
 
     # -- requests
@@ -103,18 +110,41 @@ class Engine:
     def reset(self) -> None:
         """Forget every request and every snapshot: after a step that failed, when rows may hold anything."""
         self.cache.clear()
-        self.scheduler, self._requests = Scheduler(self.config), {}
-        self.pool = StatePool(self.model, self.config.rows, self.config.max_length)
+        self._requests = {}
+        self.pool.clear()
+        self._why_no_graphs = self.why_no_graphs
+        self._start(self._runner.graphs)
+
+    def _make_pool(self) -> StatePool:
+        kept = None if self.config.state_dtype is None else getattr(torch, self.config.state_dtype)
+        pages = make_pages(self.model, self.config)
+        return StatePool(self.model, self.config.rows, longest_sequence(pages, self.config), pages, kept)
+
+    def _start(self, graphs: DecodeGraphs | None) -> None:
+        """What runs over a pool without sequences."""
+        self.scheduler, self._paging, pages = Scheduler(self.config), None, self.pool.pages
+        if pages is not None:
+            self._paging = Paging(self.pool, pages, self.scheduler, self.cache, self._under_way, self._swap_out)
+        self._runner = Runner(self.model, exact=self.config.exact, graphs=graphs, pages=pages)
+
+    def capture(self) -> Iterator[tuple[int, int]]:
+        """Capture the CUDA graphs that would otherwise be captured when they are first needed: (done, of how many) after each.
+        Nothing where `why_no_graphs` says why there are none."""
+        yield from self._runner.capture()
+
+    @property
+    def why_no_graphs(self) -> str | None:
+        """Why steps are no CUDA graphs; None where they are."""
+        return self._runner.failure or self._why_no_graphs
 
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
         return self.scheduler.busy
 
-    @property
-    def has_room(self) -> bool:
-        """Whether the queue takes one more request."""
-        return self.scheduler.waiting < self.config.queue
+    def has_room(self, owner: str = "") -> bool:
+        """Whether the owner's queue takes one more request."""
+        return self.scheduler.has_room(owner)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
@@ -123,36 +153,43 @@ class Engine:
         """One turn of everything under way."""
         self.counters.steps += 1
         self._preempt()
-        due: list[tuple[Sequence, Tensor]] = []
+        if self._paging is not None:
+            self._paging.give_rows(1 + min(self.config.speculate, self.pool.room))
+        due: list[Sequence] = []
+        logits: list[Tensor] = []  # [n, v] each; together of those that are due
         outputs = self._speculate() if self.config.speculate and self.scheduler.running else None
         if self.scheduler.running and outputs is None:
-            logits = self._runner.step(self.scheduler.running, self.pool)
-            due += zip(self.scheduler.running, logits, strict=True)
+            due += self.scheduler.running
+            logits.append(self._runner.step(due, self.pool))
         ready, outputs = self._admit(), outputs or []
         pieces = self.scheduler.pieces()
+        if self._paging is not None:
+            pieces = self._paging.readable(pieces)
         if pieces:
             ready += self._read(pieces)
         for sequence in ready:
             if sequence.request.params.max_tokens == 0:
                 outputs.append(self._finish(sequence, "length"))
             elif sequence.logits is not None:
-                due.append((sequence, sequence.logits))
-        return outputs + self._choose(due)
+                due.append(sequence)
+                logits.append(sequence.logits[None])
+        return outputs + self._choose(due, logits)
 
     # -- parts of a step
 
     def _admit(self) -> list[Sequence]:
         """Admit whoever may be: those whose logits are known already come back, to choose their first token."""
         ready = []
-        for sequence in self.scheduler.admit():
+        admitted = self.scheduler.admit() if self._paging is None else self.scheduler.admit(self._paging.admission())
+        for sequence in admitted:
             if sequence.chosen:  # it was parked
                 self._give_row(sequence)
                 continue
             if sequence.read == 0 and sequence.request.start is None:
                 self._look_up(sequence)
             if sequence.logits is not None:
-                self._begin(sequence)
-                ready.append(sequence)
+                if self._begin(sequence):
+                    ready.append(sequence)
             else:
                 sequence.stage = Stage.PROMPT
                 self.scheduler.prompts.append(sequence)
@@ -167,7 +204,7 @@ class Engine:
         def usable(length: int) -> bool:
             return not config.exact or length == total or length % config.prefill_chunk == 0
 
-        snapshot = self.cache.find(request.owner, request.tokens, usable)
+        snapshot = self.cache.find(request.reader, request.tokens, usable)
         if snapshot is not None:
             sequence.read = sequence.cached = len(snapshot.tokens)
             sequence.state = snapshot.state
@@ -175,7 +212,7 @@ class Engine:
             self.counters.cached_tokens += sequence.cached
         cuts = set(range(config.cache_grid, total, config.cache_grid))
         if not config.exact:
-            cuts.add(self.cache.branch(request.owner, request.tokens))
+            cuts.add(self.cache.branch(request.reader, request.tokens))
         sequence.cuts = sorted(cut for cut in cuts if sequence.read < cut < total)
 
     def _read(self, pieces: list[tuple[Sequence, int]]) -> list[Sequence]:
@@ -186,15 +223,18 @@ class Engine:
             if sequence.wants_prompt_logprobs:
                 self._note_prompt(sequence, count, logits)
             done = sequence.unread == 0
+            if sequence.stage is not Stage.PROMPT:  # it was swapped out for one before it
+                sequence.logits = logits[-1] if done else None
+                continue
             if (done or sequence.read in sequence.cuts) and sequence.request.start is None:
                 assert sequence.state is not None
                 prefix = sequence.tokens[: sequence.read]
-                self.cache.put(sequence.request.owner, prefix, sequence.state, logits[-1] if done else None)
+                self.cache.put(sequence.request.reader, prefix, sequence.state, logits[-1] if done else None)
             if done:
                 self.scheduler.prompts.remove(sequence)
                 sequence.logits = logits[-1]
-                self._begin(sequence)
-                ready.append(sequence)
+                if self._begin(sequence):
+                    ready.append(sequence)
         return ready
 
     def _note_prompt(self, sequence: Sequence, count: int, logits: Tensor) -> None:
@@ -211,29 +251,37 @@ class Engine:
         """The other continuations of the request: they wait for rows with the state and logits that the first one has."""
         params = sequence.request.params
         twins = self._requests[sequence.request.id]
+        if len(twins) > 1:
+            return  # it forked before, and got no row
         for index in range(params.n - 1, 0, -1):
             draws = Draws(params, sequence.draws.seed, index, read=sequence.draws.read)
             twin = Sequence(
                 sequence.request, index, sequence.tokens, draws, read=sequence.read, state=sequence.state,
-                logits=sequence.logits, cached=sequence.cached,
+                logits=sequence.logits, cached=sequence.cached, prompt_logprobs=sequence.prompt_logprobs,
             )  # fmt: skip
             if self._texts is not None:
                 twin.text = self._texts.start(sequence.request.tokens, params.stop)
             twins.append(twin)
             self.scheduler.put_back(twin, first=True)
 
-    def _begin(self, sequence: Sequence) -> None:
-        """The prompt is read: the first continuation's twins come into being, and the state goes into a row."""
+    def _begin(self, sequence: Sequence) -> bool:
+        """The prompt is read: the first continuation's twins come into being, and the state goes into a row if it can."""
         if sequence.index == 0:
             self._fork(sequence)
-        self._give_row(sequence)
+        return self._give_row(sequence)
 
-    def _give_row(self, sequence: Sequence) -> None:
+    def _give_row(self, sequence: Sequence) -> bool:
+        """Whether the sequence got a row; where there are no pages for it, it waits on."""
         assert sequence.state is not None
+        sequence.stage = Stage.WAITING
+        if self._paging is not None and not self._paging.suffice(sequence):
+            self.scheduler.put_back(sequence)
+            return False
         row = self.pool.add(sequence.state)
         assert row == len(self.scheduler.running)
         self.scheduler.running.append(sequence)
         sequence.state, sequence.stage, sequence.since_admitted = None, Stage.RUNNING, 0
+        return True
 
     def _preempt(self) -> None:
         """Park the sequence whose quantum is used up: one copy of its state out of the pool."""
@@ -241,11 +289,33 @@ class Engine:
         if sequence is None:
             return
         row = self.scheduler.running.index(sequence)
-        sequence.state = self.pool.read(row)
+        try:
+            sequence.state = self.pool.share(row)
+        except OutOfPages:
+            sequence.state = self.pool.read(row).to("cpu")
         self._free_row(row)
         sequence.stage = Stage.WAITING
         self.scheduler.put_back(sequence)
         self.counters.preemptions += 1
+
+    def _under_way(self) -> Iterator[Sequence]:
+        """Every sequence, the oldest first."""
+        return itertools.chain.from_iterable(self._requests.values())
+
+    def _swap_out(self, sequence: Sequence) -> None:
+        """Take a sequence's state out of its row and out of the pages, for others' sake."""
+        if sequence.stage is Stage.RUNNING:
+            row = self.scheduler.running.index(sequence)
+            sequence.state = self.pool.read(row)
+            self._free_row(row)
+        elif sequence.stage is Stage.PROMPT:
+            self.scheduler.remove(sequence)
+        assert sequence.state is not None and self.pool.pages is not None
+        sequence.state = self.pool.pages.fetch(sequence.state).to("cpu")
+        if sequence.stage is not Stage.WAITING:
+            sequence.stage = Stage.WAITING
+            self.scheduler.put_back(sequence, first=True)
+        self.counters.swaps += 1
 
     def _free_row(self, row: int) -> None:
         running = self.scheduler.running
@@ -257,7 +327,7 @@ class Engine:
     def _speculate(self) -> list[Output] | None:
         """Guess what the running sequences say next, read it all, keep what is right. None when nobody has a guess."""
         running, pool = list(self.scheduler.running), self.pool
-        room = min(self.config.speculate, pool.room) if self._bounded else self.config.speculate
+        room = self.config.speculate if pool.pages is None else min(self.config.speculate, pool.room)
         guesses = [self._draft.propose(s, min(room, s.request.params.max_tokens - len(s.chosen) - 1)) for s in running]
         if not any(guesses):
             return None
@@ -267,7 +337,7 @@ class Engine:
             choices = sample(logits[alive, place], [running[i].draws for i in alive])
             still = []
             for i, choice in zip(alive, choices, strict=True):
-                text, reason = self._write_down(running[i], choice)
+                text, reason = self._write_down(running[i], choice, unread=place + 1)
                 noted.append((running[i], choice, text, reason))
                 counts[i] += 1
                 if reason is None and guesses[i][place : place + 1] == [choice.token]:
@@ -282,20 +352,22 @@ class Engine:
         self.counters.right_guesses += sum(counts) - len(running)
         return [self._give_out(*note) for note in noted]
 
-    def _choose(self, due: list[tuple[Sequence, Tensor]]) -> list[Output]:
-        """A token for each sequence from its logits [v]."""
+    def _choose(self, due: list[Sequence], logits: list[Tensor]) -> list[Output]:
+        """A token for each sequence from the logits, [n, v] in all."""
         if not due:
             return []
-        logits = torch.stack([row for _, row in due])
-        choices = sample(logits, [sequence.draws for sequence, _ in due])
+        choices = sample(logits[0] if len(logits) == 1 else torch.cat(logits), [sequence.draws for sequence in due])
         noted = [
             (sequence, choice, *self._write_down(sequence, choice))
-            for (sequence, _), choice in zip(due, choices, strict=True)
+            for sequence, choice in zip(due, choices, strict=True)
         ]
         return [self._give_out(*note) for note in noted]
 
-    def _write_down(self, sequence: Sequence, choice: Choice) -> tuple[str, FinishReason | None]:
-        """A token was chosen: the text that it completes, and why the sequence ends with it if it does."""
+    def _write_down(self, sequence: Sequence, choice: Choice, unread: int = 0) -> tuple[str, FinishReason | None]:
+        """A token was chosen: the text that it completes, and why the sequence ends with it if it does.
+
+        unread: tokens chosen before it that the sequence's row has not read.
+        """
         params, token = sequence.request.params, choice.token
         sequence.logits = None
         sequence.chosen.append(token)
@@ -305,11 +377,27 @@ class Engine:
         reason: FinishReason | None = None
         ended = token in params.stop_tokens or (token == self.end_token and not params.ignore_end)
         text = "" if ended or sequence.text is None else sequence.text.push(token)
+        if not ended and params.stop and sequence.request.keep_state:
+            self._mark(sequence, len(sequence.chosen) - 1 - unread)
         if ended or (sequence.text is not None and sequence.text.stopped):
             reason = "stop"
         elif len(sequence.chosen) >= params.max_tokens or self._is_full(sequence):
             reason = "length"
         return text, reason
+
+    def _mark(self, sequence: Sequence, tokens: int) -> None:
+        """Keep the state in the row, which has read so many of the tokens chosen, while a stop string may begin after them.
+
+        After it was found the state would have read a part of it; this one is exact for what is shown.
+        """
+        assert sequence.text is not None
+        if not sequence.text.holds:
+            sequence.mark = None
+            return
+        characters = sequence.text.shown_after(tokens)
+        if characters is not None and (sequence.mark is None or sequence.mark.tokens < tokens):
+            state = self.pool.read(self.scheduler.running.index(sequence))
+            sequence.mark = Mark(state, tokens, characters)
 
     def _give_out(self, sequence: Sequence, choice: Choice, text: str, reason: FinishReason | None) -> Output:
         """What the caller hears of a token, and the end of the sequence where it ends."""
@@ -319,7 +407,7 @@ class Engine:
 
     def _is_full(self, sequence: Sequence) -> bool:
         length = len(sequence.request.history) + len(sequence.tokens) + len(sequence.chosen)
-        return self._bounded and length > self.config.max_length
+        return self.pool.pages is not None and length > self.pool.max_length
 
     def _finish(
         self,
@@ -330,33 +418,37 @@ class Engine:
         choice: Choice | None = None,
     ) -> Output:
         """End a sequence wherever it is, and give back what it held."""
-        request, state = sequence.request, None
+        request, finish = sequence.request, Finish(reason)
         if sequence.text is not None:
             text += sequence.text.finish()
         if sequence.stage is Stage.RUNNING:
             row = self.scheduler.running.index(sequence)
             if reason != "aborted":
-                state = self._keep(sequence, row)
+                finish = self._keep(sequence, row, reason)
             self._free_row(row)
         else:
             self.scheduler.remove(sequence)
-        sequence.stage, sequence.state, sequence.logits = Stage.DONE, None, None
-        output = self._output(sequence, token, text, choice, Finish(reason, state))
+        sequence.stage, sequence.state, sequence.logits, sequence.mark = Stage.DONE, None, None, None
+        output = self._output(sequence, token, text, choice, finish)
         twins = self._requests[request.id]
         if all(twin.stage is Stage.DONE for twin in twins):
             del self._requests[request.id]
         return output
 
-    def _keep(self, sequence: Sequence, row: int) -> LMState | None:
+    def _keep(self, sequence: Sequence, row: int, reason: FinishReason) -> Finish:
         """The state at the end of a turn, for the one who asked for it and for the cache."""
-        request = sequence.request
+        request, text = sequence.request, sequence.text
+        stopped = reason == "stop" and text is not None and text.stopped
         caches = self.config.cache_bytes and request.start is None and not self.config.exact
-        if not caches and not request.keep_state:
-            return None
-        state = self.pool.read(row)
         if caches:
-            self.cache.put(request.owner, sequence.seen(), state)
-        return state if request.keep_state else None
+            with contextlib.suppress(OutOfPages):
+                self.cache.put(request.reader, sequence.seen(), self.pool.share(row))
+        if not request.keep_state:
+            return Finish(reason)
+        if stopped:
+            return Finish(reason) if sequence.mark is None else Finish(reason, *sequence.mark)
+        state = self.pool.read(row)
+        return Finish(reason, state, max(0, len(sequence.chosen) - 1), 0 if text is None else text.characters)
 
     def _output(
         self, sequence: Sequence, token: int | None, text: str, choice: Choice | None, finish: Finish | None = None
@@ -371,4 +463,5 @@ class Engine:
         """Raises ValueError when the request cannot be served, whatever else is under way."""
         if request.id in self._requests:
             raise ValueError(f"A request's id must be its own; {request.id!r} is under way.")
-        check_request(request, self.model, self.config, has_text=self._texts is not None)
+        longest = None if self.pool.pages is None else self.pool.max_length
+        check_request(request, self.model, longest, has_text=self._texts is not None)

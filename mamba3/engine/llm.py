@@ -103,13 +103,13 @@ class LLM:
     def _run(self, requests: list[Request], results: list[Result], advance) -> None:
         coming, left = iter(requests), {r.id: r.params.n for r in requests}
         while left:
-            while self.engine.has_room and (request := next(coming, None)) is not None:
+            while self.engine.has_room() and (request := next(coming, None)) is not None:
                 self.engine.add(request)
             for output in self.engine.step():
                 result = results[int(output.request_id)]
                 result.completions[output.index].add(output)
                 result.cached = max(result.cached, output.cached)
-                result.prompt_logprobs += output.prompt
+                result.prompt_logprobs = list(output.prompt) or result.prompt_logprobs  # the same of each continuation
                 if output.finish is not None:
                     left[output.request_id] -= 1
                     if not left[output.request_id]:

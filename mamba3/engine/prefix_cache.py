@@ -65,8 +65,7 @@ class PrefixCache:
         self._lengths[owner, len(array)] += 1
         self.nbytes += snapshot.nbytes
         while self.nbytes > self.budget:
-            self._drop(next(iter(self._snapshots)))
-            self.evictions += 1
+            self.drop_oldest()
 
     def find(
         self, owner: str, tokens: Sequence[int], usable: Callable[[int], bool] = lambda length: True
@@ -94,6 +93,14 @@ class PrefixCache:
             if whose == owner:
                 longest = max(longest, common_prefix(array, snapshot.tokens))
         return longest
+
+    def drop_oldest(self) -> bool:
+        """Forget the snapshot least recently used; whether there was one."""
+        if not self._snapshots:
+            return False
+        self._drop(next(iter(self._snapshots)))
+        self.evictions += 1
+        return True
 
     def clear(self) -> None:
         """Forget everything."""

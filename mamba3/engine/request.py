@@ -61,8 +61,10 @@ class SamplingParams:
 class Request:
     """tokens to read, then continue. `start` is a state (of one sequence) that has read `history`; it is not changed.
 
-    owner: whose request it is; waiting owners take turns, and the prefix cache of one is closed to the others.
-    keep_state: give the state back at the end; it has read everything but the last token chosen.
+    owner: whose request it is; waiting owners take turns, and each has a queue of its own. user: one of the owner's, who
+    take turns within it. The prefix cache of one is closed to the others.
+    keep_state: give the state back at the end; it has read everything but the last token chosen, or, where a stop string
+    ended the continuation, what came before that.
     """
 
     id: str
@@ -71,7 +73,13 @@ class Request:
     start: LMState | None = None
     history: Sequence[int] = ()
     owner: str = ""
+    user: str = ""
     keep_state: bool = False
+
+    @property
+    def reader(self) -> str:
+        """Whose prefix cache it reads."""
+        return f"{self.owner}\0{self.user}" if self.user else self.owner
 
 
 @dataclass(frozen=True)
@@ -85,10 +93,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Finish:
-    """Why a continuation ended; state: what `keep_state` asked for."""
+    """Why a continuation ended; state: what `keep_state` asked for, which has read `tokens` of those chosen.
+
+    These spell the first `characters` of the text; what follows them was cut by a stop string, or there is nothing more.
+    """
 
     reason: FinishReason
     state: LMState | None = None
+    tokens: int = 0
+    characters: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ class Output:
     """One token of continuation `index`, or its end, or both. text: what can be shown now (see `text.stream`).
 
     cached: tokens of the prompt that were not read because a snapshot had. prompt: what `prompt_logprobs` asked for, with
-    the first output.
+    the first output of each continuation.
     """
 
     request_id: str

@@ -1,25 +1,33 @@
 """The engine's calls of the model: pieces of prompts, and one token of every running sequence.
 
-Prompts: the pieces of a step are one packed batch. Running sequences: one step in place on the rows of the pool. With
-`exact` each sequence is called by itself, as the plain loop calls it.
+Prompts: the pieces of a step are one packed batch. Running sequences: one step in place on the rows of the pool, on a GPU a
+CUDA graph (`engine.graphs`). With `exact` each sequence is called by itself, as the plain loop calls it.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from mamba3.engine.graphs import CaptureFailed, DecodeGraphs
+from mamba3.engine.pages import Pages
 from mamba3.engine.sequence import Sequence
 from mamba3.engine.state_pool import StatePool
 from mamba3.lm import LMState, Mamba3LM
 from mamba3.lm.draft import Draft
 
+_log = logging.getLogger(__name__)
+
 
 class Runner:
     """Logits have the model's true vocabulary: what pads the embedding is cut off."""
 
-    def __init__(self, model: Mamba3LM, *, exact: bool):
-        self.model, self.exact = model, exact
+    def __init__(self, model: Mamba3LM, *, exact: bool, graphs: DecodeGraphs | None = None, pages: Pages | None = None):
+        self.model, self.exact, self.graphs, self._pages = model, exact, graphs, pages
+        self.failure: str | None = None  # why there are no graphs any more
         self._vocabulary = model.config.vocab_size
         self._device = model.embedding.weight.device
 
@@ -32,16 +40,40 @@ class Runner:
         alone = self.exact or len(pieces) == 1
         return [self._read_one(*piece) for piece in pieces] if alone else self._read_packed(pieces)
 
+    def capture(self) -> Iterator[tuple[int, int]]:
+        """Capture all graphs: (how many there are, of how many) after each."""
+        try:
+            yield from self.graphs.capture() if self.graphs is not None else ()
+        except CaptureFailed as error:
+            self._without_graphs(error)
+
+    def _without_graphs(self, error: CaptureFailed) -> None:
+        _log.warning("steps run without CUDA graphs: %s", error)
+        self.graphs, self.failure = None, str(error)
+
     @torch.no_grad()
     def step(self, sequences: list[Sequence], pool: StatePool) -> Tensor:
         """Read the last token of each running sequence, row i being sequences[i]: logits [n, v]."""
-        tokens = torch.tensor([s.last for s in sequences], device=self._device)
-        rows = range(len(sequences))
-        spans = [(i, i + 1) for i in rows] if self.exact else [(0, len(sequences))]
-        logits = [self.model.step(tokens[a:b], pool.view(b, a, room=1))[0] for a, b in spans]
-        for row in rows:
+        tokens = [s.last for s in sequences]
+        logits = self._replay(tokens)
+        if logits is None:
+            logits = self._step(torch.tensor(tokens, device=self._device), pool)
+        for row in range(len(tokens)):
             pool.advance(row, 1)
-        return torch.cat(logits)[:, : self._vocabulary]
+        return logits[:, : self._vocabulary]
+
+    def _step(self, tokens: Tensor, pool: StatePool) -> Tensor:
+        if not self.exact:
+            return self.model.step(tokens, pool.view(len(tokens), room=1))[0]
+        alone = [self.model.step(one, pool.view(i + 1, i, room=1))[0] for i, one in enumerate(tokens.split(1))]
+        return torch.cat(alone)
+
+    def _replay(self, tokens: list[int]) -> Tensor | None:
+        """The step as a graph; None where there is none."""
+        try:
+            return None if self.graphs is None else self.graphs.step(tokens)
+        except CaptureFailed as error:
+            return self._without_graphs(error)
 
     @torch.no_grad()
     def verify(self, sequences: list[Sequence], guesses: list[list[int]], pool: StatePool) -> tuple[Tensor, Draft]:
@@ -64,14 +96,20 @@ class Runner:
         counts = [count for _, count in pieces]
         bounds = torch.tensor([0, *counts]).cumsum(0).tolist()
         ids = torch.cat([self._ids(*piece) for piece in pieces])[None]
-        state = LMState.cat([self._state(sequence) for sequence, _ in pieces])
-        lengths = state.tokens.tolist()  # a pack's caches have room for its longest, which the others do not keep
+        state, lengths = None, [0] * len(pieces)
+        if any(sequence.state is not None for sequence, _ in pieces):
+            state = LMState.cat([self._state(sequence) for sequence, _ in pieces])
+            lengths = state.tokens.tolist()
         last_only = not any(sequence.wants_prompt_logprobs for sequence, _ in pieces)
         logits, after = self.model.prefill(ids, state, bounds, last_only=last_only)
         logits = logits[..., : self._vocabulary]
         found = []
         for i, (sequence, count) in enumerate(pieces):
-            self._move(sequence, count, after.select([i]).trim(lengths[i] + count))
+            # A state that goes into a row next may as well lie in the pack's memory till then; others would keep all of it.
+            # A pack's caches have room for its longest, which the others do not keep.
+            leaves = count == sequence.unread and sequence.request.params.n == 1
+            state = after.row(i) if leaves else after.select([i])
+            self._move(sequence, count, state.trim(lengths[i] + count))
             every = logits[i] if last_only else logits[0, bounds[i] : bounds[i + 1]]
             found.append(every if sequence.wants_prompt_logprobs else every[-1:])
         return found
@@ -80,8 +118,11 @@ class Runner:
         return torch.from_numpy(sequence.tokens[sequence.read : sequence.read + count]).to(self._device)
 
     def _state(self, sequence: Sequence) -> LMState:
-        return self.model.init_state(1) if sequence.state is None else sequence.state.to(self._device)
+        if sequence.state is None:
+            return self.model.init_state(1)
+        state = sequence.state if self._pages is None else self._pages.fetch(sequence.state)
+        return state.to(self._device)
 
     def _move(self, sequence: Sequence, count: int, state: LMState) -> None:
         sequence.read += count
-        sequence.state = state
+        sequence.state = state if self._pages is None else self._pages.store(state, sequence.state)

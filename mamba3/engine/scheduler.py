@@ -1,19 +1,21 @@
 """Who is served next: owners take turns at the head of the queue, prompts take turns at being read.
 
+Each owner has a queue of `queue` places: nobody can fill another's. An owner's users take turns when it is the owner's turn.
 A step reads at most `step_tokens`: one for each running sequence, the rest for pieces of prompts. A long prompt delays the
 others by one piece at a time, and by no more.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 
 from mamba3.engine.config import EngineConfig
 from mamba3.engine.sequence import Sequence, Stage
 
 
 class QueueFull(RuntimeError):
-    """More requests wait than the engine's queue holds; try again later."""
+    """More requests of an owner wait than its queue holds; try again later."""
 
 
 class Scheduler:
@@ -23,12 +25,13 @@ class Scheduler:
         self.config = config
         self.prompts: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._queues: OrderedDict[str, deque[Sequence]] = OrderedDict()
+        self.waiting = 0  # sequences in all queues; a number, so that other threads may look at it
+        self._queues: OrderedDict[str, OrderedDict[str, deque[Sequence]]] = OrderedDict()  # by owner, by user
+        self._waiting: Counter[str] = Counter()  # by owner
 
-    @property
-    def waiting(self) -> int:
-        """Sequences in the queue."""
-        return sum(len(queue) for queue in self._queues.values())
+    def has_room(self, owner: str) -> bool:
+        """Whether the owner's queue takes one more."""
+        return self._waiting[owner] < self.config.queue
 
     @property
     def busy(self) -> bool:
@@ -37,16 +40,22 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """A new sequence, behind its owner's others. Raises QueueFull."""
-        if self.waiting >= self.config.queue:
-            raise QueueFull(f"{self.waiting} requests wait, and the queue holds no more; try again later.")
+        owner = sequence.request.owner
+        if not self.has_room(owner):
+            raise QueueFull(
+                f"{self._waiting[owner]} requests of yours wait, and the queue holds no more; try again later."
+            )
         self._put(sequence)
 
     def put_back(self, sequence: Sequence, *, first: bool = False) -> None:
         """A sequence that was admitted before and lost its place, or a twin of one that has it."""
         self._put(sequence, first=first)
 
-    def admit(self) -> list[Sequence]:
-        """Sequences whose turn has come: as many as rows are free; of those with a prompt to read, `prompts` at a time."""
+    def admit(self, fits: Callable[[Sequence], bool] = lambda sequence: True) -> list[Sequence]:
+        """Sequences whose turn has come: as many as rows are free; of those with a prompt to read, `prompts` at a time.
+
+        The first one that does not fit waits, and those behind it.
+        """
         admitted: list[Sequence] = []
         places = self.config.rows - len(self.running) - len(self.prompts)
         readers = self.config.prompts - len(self.prompts)
@@ -54,30 +63,31 @@ class Scheduler:
             sequence = self._next(readers > 0)
             if sequence is None:
                 break
+            if not fits(sequence):
+                self._put(sequence, first=True)
+                break
             readers -= sequence.reads
             admitted.append(sequence)
         return admitted
 
     def _next(self, may_read: bool) -> Sequence | None:
-        """The first sequence of the first owner who has one that can be admitted; the owner goes behind the others."""
-        for owner, queue in self._queues.items():
-            if may_read or not queue[0].reads:
-                sequence = queue.popleft()
-                del self._queues[owner]
-                if queue:
-                    self._queues[owner] = queue
-                return sequence
+        """The first sequence of the first owner who has one that can be admitted; owner and user go behind the others."""
+        for owner, users in self._queues.items():
+            for user, queue in users.items():
+                if may_read or not queue[0].reads:
+                    sequence = queue[0]
+                    users.move_to_end(user)
+                    self._queues.move_to_end(owner)
+                    self._take_out(sequence)
+                    return sequence
         return None
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out of the queue or out of the prompts."""
         if sequence.stage is Stage.PROMPT:
             self.prompts.remove(sequence)
-            return
-        owner = sequence.request.owner
-        self._queues[owner].remove(sequence)
-        if not self._queues[owner]:
-            del self._queues[owner]
+        else:
+            self._take_out(sequence)
 
     def over_quantum(self) -> Sequence | None:
         """The running sequence that has had its row longest, if others wait for one and its quantum is used up."""
@@ -111,8 +121,22 @@ class Scheduler:
         return min(end, cut) - sequence.read
 
     def _put(self, sequence: Sequence, *, first: bool = False) -> None:
-        queue = self._queues.setdefault(sequence.request.owner, deque())
+        request = sequence.request
+        queue = self._queues.setdefault(request.owner, OrderedDict()).setdefault(request.user, deque())
         if first:
             queue.appendleft(sequence)
         else:
             queue.append(sequence)
+        self.waiting += 1
+        self._waiting[request.owner] += 1
+
+    def _take_out(self, sequence: Sequence) -> None:
+        owner, user = sequence.request.owner, sequence.request.user
+        users = self._queues[owner]
+        users[user].remove(sequence)
+        if not users[user]:
+            del users[user]
+        if not users:
+            del self._queues[owner]
+        self.waiting -= 1
+        self._waiting -= Counter({owner: 1})  # owners without any are forgotten

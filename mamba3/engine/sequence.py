@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +22,14 @@ class Stage(Enum):
     PROMPT = "prompt"
     RUNNING = "running"
     DONE = "done"
+
+
+class Mark(NamedTuple):
+    """A state from before a stop string began: it has read `tokens` of those chosen, which spell `characters`."""
+
+    state: LMState
+    tokens: int
+    characters: int
 
 
 @dataclass(eq=False)
@@ -46,6 +55,7 @@ class Sequence:
     since_admitted: int = 0
     cuts: list[int] = field(default_factory=list)  # positions in the prompt where a snapshot is taken, ascending
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    mark: Mark | None = None  # while what was said last may yet turn out to begin a stop string
 
     @property
     def last(self) -> int:

@@ -1,17 +1,18 @@
 """A conversation that goes on: its tokens, its text, its turns, and states at the ends of turns.
 
 A state is constant in size and never changed once it is here, so that a fork shares it and a rewind is a choice of an
-earlier one. Where the state of a turn is not kept, the tokens since the last one that is are read again: a session always
-goes on as if it had never stopped.
+earlier one. Lists are never changed either, but replaced: a copy of a session is a few references. Where the state of a
+turn is not kept, the tokens since the last one that is are read again: a session always goes on as if it had never stopped.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,11 @@ from mamba3.lm import LMState, Mamba3LM
 from mamba3.text.encode import encode
 
 _RECORD = "session"  # the tensor that holds what is not a tensor, so that the checksum covers it
+# What CPython takes at most: an integer and its place in a list, a turn with its two, an empty session with its names.
+_TOKEN_BYTES, _TURN_BYTES, _SESSION_BYTES = 40, 128, 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """How much of a session there was when a turn ended: tokens, characters."""
 
@@ -44,7 +47,8 @@ class Speech(NamedTuple):
 class Session:
     """tokens: everything said, the token chosen last included. text: the same as characters, special tokens spelled out.
 
-    states: for some turns (0 is before the first), a state that has read `state.tokens` of the tokens.
+    states: for some turns (0 is before the first), a state that has read `state.tokens` of the tokens. saved: whether its
+    file says the same.
     """
 
     id: str
@@ -54,12 +58,31 @@ class Session:
     turns: list[Turn] = field(default_factory=list)
     states: dict[int, LMState] = field(default_factory=dict)
     created: float = field(default_factory=time.time)
-    busy: bool = False
+    saved: bool = False
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of all but the states, at most: forks share lists until they differ."""
+        spoken = _TOKEN_BYTES * len(self.tokens) + sys.getsizeof(self.text)
+        return _SESSION_BYTES + spoken + _TURN_BYTES * len(self.turns)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the states held, those that forks share counted here too."""
-        return sum(state.nbytes for state in self.states.values())
+        """Bytes held in memory, the states that forks share counted here too."""
+        return self.record_bytes + sum(state.nbytes for state in self.states.values())
+
+    def copy(self) -> Session:
+        """The session as it is now, whatever becomes of this one."""
+        return replace(self)
+
+    def restore(self, earlier: Session) -> None:
+        """Be what a copy was."""
+        for entry in fields(self):
+            setattr(self, entry.name, getattr(earlier, entry.name))
+
+    def differs(self, earlier: Session) -> bool:
+        """Whether a turn was added or taken back since a copy was made."""
+        return self.turns is not earlier.turns
 
     def request(self, id: str, tokens: Sequence[int], params: SamplingParams) -> Request:
         """What reads the tokens after everything said so far and goes on from there."""
@@ -75,15 +98,14 @@ class Session:
 
         Of the states those of the last `keep` turns stay.
         """
-        self.tokens += tokens
-        self.text += text
-        self.turns.append(Turn(len(self.tokens), len(self.text)))
+        whole, states = [*self.tokens, *tokens], dict(self.states)
         if state is not None:
-            if int(state.tokens) > len(self.tokens):
-                raise ValueError(f"The state has read {int(state.tokens)} tokens of a session of {len(self.tokens)}.")
-            self.states[len(self.turns)] = state
-        for turn in sorted(self.states)[:-keep]:
-            del self.states[turn]
+            if int(state.tokens) > len(whole):
+                raise ValueError(f"The state has read {int(state.tokens)} tokens of a session of {len(whole)}.")
+            states[len(self.turns) + 1] = state
+        self.tokens, self.text, self.saved = whole, self.text + text, False
+        self.turns = [*self.turns, Turn(len(self.tokens), len(self.text))]
+        self.states = {turn: states[turn] for turn in sorted(states)[-keep:]}
 
     def add_reply(
         self,
@@ -97,14 +119,16 @@ class Session:
     ) -> None:
         """The turn of a `request` of this session: `said` was read, `chosen` came, of which `text` was shown.
 
-        A reply that a stop string cut, or that was broken off, is kept as it was shown, and read again by the next turn.
+        A reply that a stop string cut, or that was broken off, is kept as it was shown; the next turn reads again what the
+        state has not read.
         """
         new = request.tokens[len(self.tokens) - len(request.history) :]
         state = finish.state
         if chosen and chosen[-1] == speech.end_token:
             text += speech.tokenizer.id_to_token(speech.end_token) or ""
         elif finish.reason != "length":
-            chosen, state = encode(speech.tokenizer, [text])[0].tolist(), None
+            rest = encode(speech.tokenizer, [text[finish.characters :]])[0].tolist()
+            chosen = [*chosen[: finish.tokens], *rest]
         self.add_turn([*new, *chosen], said + text, state, keep)
 
     def rewind(self, turn: int) -> None:
@@ -113,12 +137,16 @@ class Session:
             raise ValueError(f"turn must lie in [0, {len(self.turns)}], the turns of this session; it is {turn}.")
         end = self.turns[turn - 1] if turn else Turn(0, 0)
         self.tokens, self.text = self.tokens[: end.tokens], self.text[: end.characters]
-        self.turns = self.turns[:turn]
+        self.turns, self.saved = self.turns[:turn], False
         self.states = {t: state for t, state in self.states.items() if t <= turn}
 
+    def forget_state(self) -> None:
+        """Give up the earliest state that is kept; what it spared is read again when it is needed."""
+        self.states = {turn: self.states[turn] for turn in sorted(self.states)[1:]}
+
     def fork(self, id: str) -> Session:
-        """A session of its own with the same past. No state is copied: none is ever changed."""
-        return Session(id, self.owner, list(self.tokens), self.text, list(self.turns), dict(self.states))
+        """A session of its own with the same past. Nothing is copied: nothing is ever changed."""
+        return replace(self, id=id, created=time.time(), saved=False)
 
     # -- as tensors
 

@@ -1,31 +1,31 @@
 """Sessions by name: in memory up to a budget of bytes, in files beyond it and after the process has ended.
 
-A file holds one session (`engine.session`): safetensors with a checksum and the fingerprint of the weights, written beside
-the old one and renamed into its place: a process that dies while it writes leaves the file of before. Owners have folders
-of their own; to one, the sessions of another do not exist.
+Law: a call that changes a session does so whole or not at all, and what it returned from is in the file: whatever is raised
+on the way, a full disk included, leaves session and file as they were. Owners' sessions are apart: to one, those of another
+do not exist, and what one holds takes no place from the others (`owners`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import secrets
 import tempfile
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from mamba3.engine import session_files
 from mamba3.engine.session import Session
+from mamba3.engine.session_files import Key, SessionFiles, SessionInfo
+from mamba3.engine.session_memory import SessionMemory
 from mamba3.lm import Mamba3LM
-from mamba3.ops import state_file
 
-_KIND, _SUFFIX = "session", ".safetensors"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _log = logging.getLogger(__name__)
 
@@ -39,26 +39,34 @@ class SessionBusy(RuntimeError):
 
 
 class TooManySessions(RuntimeError):
-    """No more sessions fit; delete some."""
+    """The owner has as many sessions as one may have; delete some."""
 
 
-@dataclass(frozen=True)
-class SessionInfo:
-    """What can be said of a session without loading it. parked: it is in its file alone."""
+class SessionMemoryFull(RuntimeError):
+    """The owner's tokens and texts fill its share of memory, and there is no folder to park them in; delete some."""
 
-    id: str
-    tokens: int
-    turns: int
-    nbytes: int
-    parked: bool
+
+class SessionNotSaved(RuntimeError):
+    """The file of a session could not be written; session and file are as they were before the call."""
+
+
+class Lease(NamedTuple):
+    """A session that is in use, and what it was when that began."""
+
+    session: Session
+    before: Session
 
 
 class SessionStore:
-    """Safe to use from several threads.
+    """Safe to use from several threads; no file is read or written while others wait for an answer about other sessions.
 
-    folder: for files; None: sessions live in memory alone. budget: bytes of states in memory, beyond which the least
-    recently used sessions are parked. keep_turns: states kept of each session, one for each of its last turns. dtype: of
-    the matrix states in files (torch.bfloat16 halves them; what that costs is in docs/serving.md). limit: of sessions.
+    folder: for files; None: sessions live in memory alone. budget: bytes of sessions in memory. Beyond it, those of the owner
+    that holds most, least recently used first, are parked; without a folder their states are given up instead, earliest
+    turns first, and what those spared is read again. Tokens and texts are never given up: without a folder, each of `owners`
+    has an equal share of the budget for them, and what would exceed it raises SessionMemoryFull.
+    keep_turns: states kept of each session, one for each of its last turns. dtype: of the matrix states in files
+    (torch.bfloat16 halves them; what that costs is in docs/serving.md). limit: of sessions, of which each of `owners` has an
+    equal share too. save_turns: write each change before the call returns; otherwise when a session is parked.
     """
 
     def __init__(
@@ -70,91 +78,145 @@ class SessionStore:
         keep_turns: int = 8,
         dtype: torch.dtype | None = None,
         limit: int = 100_000,
+        owners: int = 1,
+        save_turns: bool = True,
     ):
-        self.model, self.budget, self.keep_turns, self.dtype, self.limit = model, budget, keep_turns, dtype, limit
-        self._folder = None if folder is None else Path(folder)
-        self._lock = threading.RLock()
-        self._resident: OrderedDict[tuple[str, str], Session] = OrderedDict()
-        self._files: dict[tuple[str, str], SessionInfo] = {}  # by folder of the owner and id
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._find_files()
+        self.model, self.budget, self.keep_turns = model, budget, keep_turns
+        self._dtype, self._limit, self._owners = dtype, limit, owners
+        self._files = None if folder is None else SessionFiles(model, Path(folder), dtype)
+        self._saves = save_turns and folder is not None
+        self._changed = threading.Condition()  # guards everything below; held for looking things up, never for a file
+        self._making_room = threading.Lock()
+        self._memory = SessionMemory(whole=folder is not None)
+        self._parked: dict[Key, SessionInfo] = {}  # what is in files, sessions in memory included
+        self._names: dict[str, set[str]] = {}  # by place
+        self._in_use: set[Key] = set()
+        self._moving: set[Key] = set()  # in use by the store itself, for a moment
+        for key, info in () if self._files is None else self._files.find():
+            self._parked[key] = info
+            self._names.setdefault(key.place, set()).add(key.id)
 
     # -- all sessions
 
     def __len__(self) -> int:
-        with self._lock:
-            return len(self._resident.keys() | self._files.keys())
+        with self._changed:
+            return sum(map(len, self._names.values()))
 
     @property
     def has_folder(self) -> bool:
         """Whether sessions can be written to files."""
-        return self._folder is not None
+        return self._files is not None
 
     @property
     def resident(self) -> int:
         """Sessions in memory."""
-        return len(self._resident)
+        return len(self._memory)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of states in memory; those that forks share count once."""
-        with self._lock:
-            states = {id(s): s.nbytes for session in self._resident.values() for s in session.states.values()}
-            return sum(states.values())
+        """Bytes of sessions in memory: states (those that forks share count once), tokens, texts."""
+        return self._memory.nbytes
 
     def list(self, owner: str) -> list[SessionInfo]:
         """The owner's sessions, by name."""
-        place = _place(owner)
-        with self._lock:
-            names = sorted(name for where, name in self._resident.keys() | self._files.keys() if where == place)
-            return [self.info(owner, name) for name in names]
+        place = Key.of(owner, "").place
+        with self._changed:
+            found = [self._look_up(Key(place, name)) for name in sorted(self._names.get(place, ()))]
+        return [info for info in found if info is not None]
 
     def park_all(self) -> None:
-        """Write every session that is in memory to its file: before the process ends."""
-        with self._lock:
-            sessions = [session for session in self._resident.values() if not session.busy]
-        for session in sessions if self._folder is not None else ():
-            self.park(session.owner, session.id)
+        """Write every session that is in memory to its file: before the process ends. What cannot be is logged."""
+        with self._changed:
+            idle = [key for key in self._memory.keys() if key not in self._in_use]  # noqa: SIM118 (not a dict)
+        for key in idle if self._files is not None else ():
+            try:
+                self._park(key)
+            except Exception:  # noqa: BLE001 (the others can be, perhaps)
+                _log.exception("a session could not be parked; what it said since it was last written is lost")
 
     # -- one session
 
     def create(self, owner: str = "", id: str | None = None) -> SessionInfo:
-        """A session without a past. ValueError for a name that is taken or that is none, TooManySessions."""
-        with self._lock:
-            self._add(Session(self._free_name(owner, id), owner))
-            return self.info(owner, next(reversed(self._resident))[1])
+        """A session without a past. ValueError for a name that is taken or that is none, TooManySessions,
+        SessionMemoryFull, SessionNotSaved."""
+        return self._add(Session("", owner), id)
 
     def info(self, owner: str, id: str) -> SessionInfo:
-        """Raises UnknownSession."""
-        with self._lock:
-            session = self._resident.get((_place(owner), id))
-            if session is not None:
-                return SessionInfo(id, len(session.tokens), len(session.turns), session.nbytes, False)
-            if (_place(owner), id) in self._files:
-                return self._files[_place(owner), id]
-        raise UnknownSession(f"There is no session {id!r}.")
+        """As things stood when the last request in the session ended. Raises UnknownSession."""
+        return self._known(Key.of(owner, id))
 
     @contextmanager
     def use(self, owner: str, id: str) -> Iterator[Session]:
-        """The session, loaded if it was parked, for this caller alone. Raises UnknownSession, SessionBusy, and
-        ValueError when its file is damaged or of other weights."""
-        session = self._take(owner, id)
+        """The session, loaded if it was parked, for this caller alone; whatever is raised leaves it as it was.
+
+        Raises UnknownSession, SessionBusy, ValueError when its file is damaged or of other weights, and at the end what
+        `commit` raises.
+        """
+        lease = self.take(owner, id)
         try:
-            yield session
-        finally:
-            with self._lock:
-                session.busy = False
-        self._make_room()
+            yield lease.session
+        except BaseException:
+            self.roll_back(lease)
+            raise
+        self.commit(lease)
+
+    def take(self, owner: str, id: str) -> Lease:
+        """The beginning of `use`."""
+        key = Key.of(owner, id)
+        with self._changed:
+            self._begin(key)
+            session = self._memory.get(key)
+        if session is None:
+            try:
+                assert self._files is not None
+                session = self._files.read(key, owner)
+            except BaseException:
+                self._end(key)
+                raise
+            with self._changed:
+                self._memory.put(key, session)
+        return Lease(session, session.copy())
+
+    def commit(self, lease: Lease) -> None:
+        """The end of `use` that keeps what was done. Raises SessionNotSaved and SessionMemoryFull, and keeps nothing then."""
+        session, before = lease
+        try:
+            if session.differs(before):
+                with self._changed:  # no two sessions take the same room
+                    self.check_memory(session.owner, session.record_bytes - before.record_bytes)
+                    self._count_at_once(session)
+                if self._saves:
+                    self._write(session)
+        except BaseException:
+            self.roll_back(lease)
+            raise
+        self._give_back(session)
+
+    def roll_back(self, lease: Lease) -> None:
+        """The end of `use` that leaves the session as it was."""
+        lease.session.restore(lease.before)
+        self._give_back(lease.session)
+
+    def check_memory(self, owner: str, more: int = 1) -> None:
+        """SessionMemoryFull when so many more bytes of tokens and texts do not fit into the owner's share."""
+        held, share = self._memory.records(Key.of(owner, "").place), self.budget // self._owners
+        if self._files is None and more > 0 and held + more > share:
+            raise SessionMemoryFull(
+                f"The tokens and texts of your sessions may take {share // 1024} KiB of memory; {held // 1024} KiB are taken, "
+                f"and {-(-more // 1024)} KiB more do not fit. Delete sessions or rewind them; whoever runs the server can "
+                "give them more memory (--session-mib) or a folder to park in (--sessions)."
+            )
 
     def fork(self, owner: str, id: str, new: str | None = None, turn: int | None = None) -> SessionInfo:
         """Another session with the same past, up to a turn if one is given."""
-        with self.use(owner, id) as session, self._lock:
-            twin = session.fork(self._free_name(owner, new))
-            if turn is not None:
+        lease = self.take(owner, id)
+        try:
+            twin = lease.session.fork("")
+            if turn is not None and turn != len(twin.turns):
                 twin.rewind(turn)
-            self._add(twin)
-        return self.info(owner, twin.id)
+            return self._add(twin, new, lease.session)
+        finally:
+            self.roll_back(lease)
 
     def rewind(self, owner: str, id: str, turn: int) -> SessionInfo:
         """Forget what came after a turn."""
@@ -164,156 +226,219 @@ class SessionStore:
 
     def delete(self, owner: str, id: str) -> None:
         """Forget the session, its file too."""
-        key = (_place(owner), id)
-        with self._lock:
-            self.info(owner, id)
-            if key in self._resident and self._resident[key].busy:
-                raise SessionBusy(f"A request is under way in session {id!r}; wait for its end.")
-            self._resident.pop(key, None)
-            if self._files.pop(key, None) is not None:
-                self._path(owner, id).unlink(missing_ok=True)
+        key = Key.of(owner, id)
+        with self._changed:
+            self._begin(key)
+        try:
+            if self._files is not None:
+                self._files.delete(key)
+            with self._changed:
+                self._forget(key)
+        finally:
+            self._end(key)
 
     def park(self, owner: str, id: str) -> SessionInfo:
-        """Write the session to its file and take it out of memory. OSError when that fails: it stays as it was."""
-        if self._folder is None:
-            raise ValueError(
-                "Parking needs a folder for sessions; give one to SessionStore (serve: --sessions FOLDER)."
-            )
-        key = (_place(owner), id)
-        with self._lock:
-            if key not in self._resident and key in self._files:
-                return self._files[key]
-        session = self._take(owner, id)
-        try:
-            info = self.write(session)
-            with self._lock:
-                self._resident.pop(key, None)
-        finally:
-            session.busy = False
-        return info
+        """Write the session to its file and take it out of memory. SessionNotSaved when that fails: it stays as it was."""
+        key = Key.of(owner, id)
+        self._need_folder()
+        self._park(key)
+        return self._known(key)
 
     def save(self, owner: str, id: str) -> None:
         """Write the session to its file and keep it in memory."""
+        self._need_folder()
         with self.use(owner, id) as session:
-            self.write(session)
+            if not session.saved:
+                self._write(session)
 
-    def write(self, session: Session) -> SessionInfo:
-        """Write a session that is in use to its file. OSError when that fails: the file is what it was before."""
-        if self._folder is None:
-            raise ValueError(
-                "Parking needs a folder for sessions; give one to SessionStore (serve: --sessions FOLDER)."
-            )
-        path = self._path(session.owner, session.id)
-        path.parent.mkdir(exist_ok=True)
-        self._write(session, path)
-        info = SessionInfo(session.id, len(session.tokens), len(session.turns), path.stat().st_size, True)
-        with self._lock:
-            self._files[_place(session.owner), session.id] = info
-        return info
+    def dump(self, session: Session) -> bytes:
+        """A session that is in use as the bytes of a file."""
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "session"
+            session_files.write(session, path, self.model, self._dtype)
+            return path.read_bytes()
 
     def export(self, owner: str, id: str) -> bytes:
         """The session as the bytes of a file, for `import_` here or in another process."""
-        with self.use(owner, id) as session, tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "session"
-            self._write(session, path)
-            return path.read_bytes()
+        with self.use(owner, id) as session:
+            return self.dump(session)
 
-    def import_(self, data: bytes, owner: str = "", id: str | None = None) -> SessionInfo:
-        """A session from exported bytes, under a new name unless one is given. ValueError says what is wrong with them."""
+    def import_(self, data: bytes | Path, owner: str = "", id: str | None = None) -> SessionInfo:
+        """A session from exported bytes, or from a file of them, under a new name unless one is given. ValueError says what
+        is wrong with them."""
+        self.check_memory(owner)
+        if isinstance(data, Path):
+            return self._add(session_files.read(data, self.model, owner, "The data"), id)
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "session"
             path.write_bytes(data)
-            session = self._read(path, owner, "The data")
-        with self._lock:
-            session.id = self._free_name(owner, id)
-            self._add(session)
-        self._make_room()
-        return self.info(owner, session.id)
+            return self.import_(path, owner, id)
 
-    # -- inside
+    # -- names, under the lock
 
-    def _take(self, owner: str, id: str) -> Session:
-        key = (_place(owner), id)
-        with self._lock:
-            session = self._resident.get(key)
-            if session is None:
-                self.info(owner, id)
-                session = self._read(self._path(owner, id), owner, f"The file of session {id!r}")
-                session.id = id
-                self._resident[key] = session
-            if session.busy:
-                raise SessionBusy(f"A request is under way in session {id!r}; wait for its end, or fork the session.")
-            session.busy = True
-            self._resident.move_to_end(key)
-            return session
+    def _look_up(self, key: Key) -> SessionInfo | None:
+        return self._memory.info(key) or self._parked.get(key)
 
-    def _make_room(self) -> None:
-        """Park what is over the budget. What goes wrong there is of another session than the caller's: no error is raised."""
-        while self._folder is not None and self.nbytes > self.budget:
-            with self._lock:
-                idle = next((s for s in self._resident.values() if not s.busy and s.states), None)
-            if idle is None:
-                return
-            try:
-                self.park(idle.owner, idle.id)
-            except (SessionBusy, UnknownSession):  # a request came between, or its end
-                continue
-            except Exception:  # noqa: BLE001 (it stays in memory; the next call begins with another)
-                _log.exception("a session could not be parked; memory stays over its budget")
-                return
+    def _known(self, key: Key) -> SessionInfo:
+        with self._changed:
+            info = self._look_up(key)
+        if info is None:
+            raise UnknownSession(f"There is no session {key.id!r}.")
+        return info
 
-    def _add(self, session: Session) -> None:
-        self._resident[_place(session.owner), session.id] = session
+    def _begin(self, key: Key) -> None:
+        """Have the session for oneself. What the store does with it by itself is waited for, a request is not."""
+        while key in self._moving:
+            self._changed.wait()
+        self._known(key)
+        if key in self._in_use:
+            raise SessionBusy(f"A request is under way in session {key.id!r}; wait for its end, or fork the session.")
+        self._in_use.add(key)
 
-    def _free_name(self, owner: str, id: str | None) -> str:
-        if len(self) >= self.limit:
-            raise TooManySessions(f"There are {len(self)} sessions, and no more are kept; delete some.")
+    def _end(self, key: Key) -> None:
+        with self._changed:
+            self._in_use.discard(key)
+            self._moving.discard(key)
+            self._changed.notify_all()
+
+    def _forget(self, key: Key) -> None:
+        self._memory.pop(key)
+        self._parked.pop(key, None)
+        self._names[key.place].discard(key.id)
+        if not self._names[key.place]:
+            del self._names[key.place]
+
+    def _reserve(self, session: Session, id: str | None) -> Key:
+        """A free name for a session that is being made."""
         name = f"session-{secrets.token_hex(8)}" if id is None else id
         if not _NAME.fullmatch(name):
             raise ValueError(f"A session's name has 1 to 64 letters, digits, - or _; it is {name!r}.")
-        if (_place(owner), name) in self._resident.keys() | self._files.keys():
+        key = Key.of(session.owner, name)
+        names, share = self._names.get(key.place, set()), max(1, self._limit // self._owners)
+        if len(names) >= share:
+            raise TooManySessions(f"You have {len(names)} sessions, and may have {share}; delete some.")
+        if name in names:
             raise ValueError(f"There is a session {name!r} already; choose another name, or delete it.")
-        return name
+        self.check_memory(session.owner, session.record_bytes)
+        self._names.setdefault(key.place, set()).add(name)
+        self._in_use.add(key)
+        return key
 
-    def _path(self, owner: str, id: str) -> Path:
-        assert self._folder is not None
-        return self._folder / _place(owner) / f"{id}{_SUFFIX}"
+    # -- sessions in and out
 
-    def _write(self, session: Session, path: Path) -> None:
-        facts = {"tokens": str(len(session.tokens)), "turns": str(len(session.turns))}
-        fingerprint = self.model.fingerprint()
-        state_file.write(path, session.tensors(self.dtype), kind=_KIND, fingerprint=fingerprint, **facts)
-
-    def _read(self, path: Path, owner: str, what: str) -> Session:
+    def _add(self, session: Session, id: str | None, source: Session | None = None) -> SessionInfo:
+        """Let a new session be there, in its file too; source: of which it is a copy, and which is in use."""
+        with self._changed:
+            key = self._reserve(session, id)
+            session.id = key.id
+            self._count_at_once(session)
         try:
-            tensors, metadata = state_file.read(path, kind=_KIND)
-        except FileNotFoundError as error:
-            raise ValueError(f"{what} is gone.") from error
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), what)) from error
-        if metadata.get("fingerprint") != self.model.fingerprint():
+            if self._saves:
+                self._write(session, source)
+            with self._changed:
+                self._memory.put(key, session)
+        except BaseException:
+            with self._changed:
+                self._forget(key)
+            raise
+        finally:
+            self._end(key)
+        self._make_room()
+        return self._known(key)
+
+    def _count_at_once(self, session: Session) -> None:
+        """Where memory is all there is, what was found to fit takes its room before anyone else looks."""
+        if self._files is None:
+            self._memory.put(Key.of(session.owner, session.id), session)
+
+    def _write(self, session: Session, source: Session | None = None) -> None:
+        """Let the session's file say what the session says."""
+        assert self._files is not None
+        key = Key.of(session.owner, session.id)
+        info = self._link(session, source)
+        if info is None:
+            try:
+                info = self._files.write(session)
+            except OSError as error:
+                _log.error("a session could not be written: %s", error)
+                raise SessionNotSaved(
+                    f"Session {session.id!r} could not be written to its file ({error.strerror}); nothing was changed."
+                ) from error
+        session.saved = True
+        with self._changed:
+            self._parked[key] = info
+
+    def _link(self, session: Session, source: Session | None) -> SessionInfo | None:
+        """The file of a session that begins as another one: the same file, where that says the same."""
+        if source is None or not source.saved or session.differs(source):
+            return None
+        assert self._files is not None
+        old, new = Key.of(source.owner, source.id), Key.of(session.owner, session.id)
+        try:
+            self._files.link(old, new)
+        except OSError:  # not every file system can
+            return None
+        with self._changed:
+            return replace(self._parked[old], id=new.id)
+
+    def _give_back(self, session: Session) -> None:
+        key = Key.of(session.owner, session.id)
+        with self._changed:
+            self._memory.put(key, session)
+        self._end(key)
+        self._make_room()
+
+    def _park(self, key: Key) -> None:
+        with self._changed:
+            self._begin(key)
+            session = self._memory.get(key)
+        try:
+            if session is not None and not session.saved:
+                self._write(session)
+            with self._changed:
+                self._memory.pop(key)
+        finally:
+            self._end(key)
+
+    def _make_room(self) -> None:
+        """Park, or give up, what is over the budget. What goes wrong there is of another session than the caller's: no error
+        is raised."""
+        if not self._making_room.acquire(blocking=False):
+            return  # another thread is at it
+        try:
+            while self._let_go():
+                pass
+        except Exception:  # noqa: BLE001 (it stays in memory; the next call begins with another)
+            _log.exception("a session could not be parked; memory stays over its budget")
+        finally:
+            self._making_room.release()
+
+    def _let_go(self) -> bool:
+        """Give something up if there is too much; whether there was."""
+        with self._changed:
+            victim = self._memory.first(lambda key: key not in self._in_use)
+            if self._memory.nbytes <= self.budget or victim is None:
+                return False
+            key, session = victim
+            if self._files is None:
+                session.forget_state()
+                self._memory.put(key, session, used=False)
+                return True
+            if session.saved:
+                self._memory.pop(key)
+                return True
+            self._in_use.add(key)
+            self._moving.add(key)
+        try:
+            self._write(session)
+            with self._changed:
+                self._memory.pop(key)
+        finally:
+            self._end(key)
+        return True
+
+    def _need_folder(self) -> None:
+        if self._files is None:
             raise ValueError(
-                f"{what} was made by other weights ({metadata.get('fingerprint')}, these are {self.model.fingerprint()}); "
-                "serve the model that made it."
+                "Parking needs a folder for sessions; give one to SessionStore (serve: --sessions FOLDER)."
             )
-        return Session.from_tensors(tensors, self.model, owner)
-
-    def _find_files(self) -> None:
-        assert self._folder is not None
-        for place in sorted(path for path in self._folder.iterdir() if path.is_dir()):
-            for leftover in place.glob(f".*{_SUFFIX}.*"):  # of a process that died while it wrote
-                leftover.unlink(missing_ok=True)
-            for path in sorted(place.glob(f"*{_SUFFIX}")):
-                name = path.name.removesuffix(_SUFFIX)
-                try:
-                    facts = state_file.metadata(path)
-                    tokens, turns = int(facts["tokens"]), int(facts["turns"])
-                except (ValueError, KeyError) as error:
-                    _log.warning("%s is no session and is left alone: %s", path.name, error)
-                    continue
-                self._files[place.name, name] = SessionInfo(name, tokens, turns, path.stat().st_size, True)
-
-
-def _place(owner: str) -> str:
-    """The folder of an owner: no name or key of theirs is written down."""
-    return hashlib.blake2b(owner.encode(), digest_size=16).hexdigest()

@@ -30,15 +30,35 @@ class ContinuationText:
 
     def __init__(self, stream: TextStream, stop: StopText):
         self._stream, self._stop = stream, stop
+        self.characters = 0  # shown
+        self._heard = 0  # characters shown or held back
+        self._ends: list[int | None] = [None if stream.pending else 0]
 
     @property
     def stopped(self) -> bool:
         return self._stop.found
 
+    @property
+    def holds(self) -> bool:
+        """Whether something that the tokens say is not shown: it may begin a stop string, or did, or is half a character."""
+        return self.stopped or self._stream.pending or self.characters < self._heard
+
+    def shown_after(self, tokens: int) -> int | None:
+        """How many characters the first tokens spell, if those are whole and shown: no stop string begins in them."""
+        end = self._ends[tokens]
+        return end if end is not None and end <= self.characters else None
+
     def push(self, token: int) -> str:
         """What can be shown after this token."""
-        return self._stop.push(self._stream.push(token))
+        heard = self._stream.push(token)
+        self._heard += len(heard)
+        self._ends.append(None if self._stream.pending else self._heard)
+        return self._show(self._stop.push(heard))
 
     def finish(self) -> str:
         """What was held back; nothing after a stop string."""
-        return "" if self.stopped else self._stop.push(self._stream.finish()) + self._stop.finish()
+        return "" if self.stopped else self._show(self._stop.push(self._stream.finish()) + self._stop.finish())
+
+    def _show(self, text: str) -> str:
+        self.characters += len(text)
+        return text

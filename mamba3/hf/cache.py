@@ -13,7 +13,7 @@ from transformers import Cache
 
 from mamba3.lm import LMState
 from mamba3.lm.state import LayerState
-from mamba3.nn.attention import AttentionState
+from mamba3.nn.cache import AttentionState
 from mamba3.ops import State
 
 NOT_A_TOKEN = -1  # stands for a column that came as an embedding

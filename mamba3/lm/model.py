@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,20 @@ from mamba3.lm.config import ARCHITECTURE, MODEL_TYPE, Mamba3Config
 from mamba3.lm.draft import Draft
 from mamba3.lm.state import LayerState, LMState
 from mamba3.nn import Attention, GatedMLP, Mamba3, RMSNorm, init
-from mamba3.nn.linear import one_row, project
+from mamba3.nn.linear import few_rows, project
 from mamba3.ops.state_file import replace_file
 from mamba3.ops.types import wide_dtype
 from mamba3.ops.validation import check_cu_seqlens
 
 CONFIG_FILE = "config.json"
 FINGERPRINT_SAMPLES = 64
+
+
+class Step(NamedTuple):
+    """The mixer's step in a block: of one token its norm and its projection are one."""
+
+    state: LayerState
+    live: Tensor | None
 
 
 class Block(nn.Module):
@@ -58,7 +65,12 @@ class Block(nn.Module):
             self.mlp = GatedMLP(config.d_model, config.d_intermediate, **factory)
 
     def forward(
-        self, h: Tensor, y: Tensor | None, mix: Callable[[Tensor], tuple[Tensor, Any]], *, last_only: bool = False
+        self,
+        h: Tensor,
+        y: Tensor | None,
+        mix: Callable[[Tensor], tuple[Tensor, Any]] | Step,
+        *,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor, Any]:
         """`through`, called as a module is: what wraps modules (sharding, recomputation) takes hold of every verb."""
         return self.through(h, y, mix, last_only=last_only)
@@ -74,16 +86,24 @@ class Block(nn.Module):
         return h + y, extra
 
     def through(
-        self, h: Tensor, y: Tensor | None, mix: Callable[[Tensor], tuple[Tensor, Any]], *, last_only: bool = False
+        self,
+        h: Tensor,
+        y: Tensor | None,
+        mix: Callable[[Tensor], tuple[Tensor, Any]] | Step,
+        *,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor, Any]:
         """`run` of the residual stream h + y, with the last sum left to do: the next block's norm does it in its own pass."""
         dtype = self.mixer.in_proj.weight.dtype
-        u, h = self.norm.after(h, y, dtype)
-        mixed, extra = mix(u)
-        h = h[:, -1:] if last_only else h
+        if isinstance(mix, Step):
+            row, h = self.norm.project(h, y, dtype, self.mixer.in_proj)
+            mixed, extra = self.mixer.step_row(row, mix.state, mix.live)
+        else:
+            u, h = self.norm.after(h, y, dtype)
+            mixed, extra = mix(u)
+            h = h[:, -1:] if last_only else h
         if self.mlp is not None and self.norm2 is not None:
-            u, h = self.norm2.after(h, mixed, dtype)
-            mixed = self.mlp(u)
+            mixed, h = self.mlp.after(self.norm2, h, mixed, dtype)
         return h, mixed, extra
 
 
@@ -156,7 +176,7 @@ class Mamba3LM(nn.Module):
         """Logits from what `hidden` returned."""
         if self.lm_head is not None:
             return project(self.lm_head, hidden)
-        logits = one_row(hidden, self.embedding.weight)
+        logits = few_rows(hidden, self.embedding.weight)
         return F.linear(hidden, self.embedding.weight) if logits is None else logits
 
     def prefill(
@@ -191,21 +211,23 @@ class Mamba3LM(nn.Module):
         after = LMState(layers, self._tokens_read(input_ids, boundaries, state), self._name(state))
         return self.head(self.norm_f.after(h, y, self.embedding.weight.dtype)[0]), after
 
-    def step(self, input_ids: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+    def step(self, input_ids: Tensor, state: LMState, live: Tensor | None = None) -> tuple[Tensor, LMState]:
         """Read one token a sequence, [b]: (logits [b, v], state).
 
         The given state is updated in place and returned. While gradients are recorded it is left alone, and a new one
-        is returned.
+        is returned. live [1] int32: how many of the sequences, the first ones, there are; the others are padding, whose state
+        stays and whose logits mean nothing.
         """
         self._check_state(state, input_ids.shape[0])
         h, y, layers = self._embed(input_ids, 1), None, []
         for block, layer in zip(self._blocks(), state.layers, strict=True):
-            h, y, layer = block(h, y, lambda u, m=block.mixer, s=layer: m.step(u, s))
+            h, y, layer = block(h, y, Step(layer, live))
             layers.append(layer)
         logits = self.head(self.norm_f.after(h, y, self.embedding.weight.dtype)[0])
+        read = 1 if live is None else torch.arange(len(input_ids), device=live.device) < live
         if torch.is_grad_enabled():
-            return logits, LMState(layers, state.tokens + 1, state.fingerprint)
-        state.layers, state.tokens = layers, state.tokens.add_(1)
+            return logits, LMState(layers, state.tokens + read, state.fingerprint)
+        state.layers, state.tokens = layers, state.tokens.add_(read)
         return logits, state
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mamba3.nn.attention import AttentionState
+from mamba3.nn.cache import AttentionState
 from mamba3.ops import State, state_file
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ class LMState:
         """The states of some sequences, in the order given; an index may repeat (beams, forks)."""
         index = torch.as_tensor(index, device=self.tokens.device)
         return self._map(lambda layer: layer.select(index), self.tokens.index_select(0, index))
+
+    def row(self, index: int) -> LMState:
+        """The state of one sequence, which shares this one's memory."""
+        rows = slice(index, index + 1)
+        return self._map(lambda layer: layer.part(rows), self.tokens[rows])
 
     def trim(self, used: int) -> LMState:
         """The same states when the longest sequence is known to have `used` tokens: caches without room for longer ones."""

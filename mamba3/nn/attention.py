@@ -8,88 +8,13 @@ The three verbs of every layer: forward, prefill, step. The cache is the layer's
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba3.nn.cache import AttentionState, Cache
 from mamba3.ops.validation import check_cu_seqlens
-
-PAGE = 64
-
-
-def whole_pages(tokens: int) -> int:
-    """The least multiple of PAGE that holds so many tokens."""
-    return -(-tokens // PAGE) * PAGE
-
-
-class AttentionState(NamedTuple):
-    """Keys and values read so far: k, v [b, capacity, n_kv_heads, head_dim]; length [b] int64, how many are valid.
-
-    used is the longest length, known without asking the device.
-    """
-
-    k: Tensor
-    v: Tensor
-    length: Tensor
-    used: int
-
-    def _map(self, f) -> AttentionState:
-        return AttentionState(f(self.k), f(self.v), f(self.length), self.used)
-
-    def select(self, index: Tensor | Iterable[int]) -> AttentionState:
-        """The caches of some sequences, in the order given."""
-        index = torch.as_tensor(index, device=self.k.device)
-        return self._map(lambda v: v.index_select(0, index))
-
-    def trim(self, used: int) -> AttentionState:
-        """The same caches when the longest is known to be `used`, in no more pages than that takes."""
-        pages = whole_pages(used)
-        k, v = (w[:, :pages].clone() if w.shape[1] > pages else w for w in (self.k, self.v))
-        return AttentionState(k, v, self.length, used)
-
-    @staticmethod
-    def cat(states: Sequence[AttentionState]) -> AttentionState:
-        """The caches of several sequences, in order, with room for the longest. A copy."""
-        used = max(s.used for s in states)
-        k, v = (torch.cat([getattr(s.grow(used), name)[:, :used] for s in states]) for name in ("k", "v"))
-        return AttentionState(k, v, torch.cat([s.length for s in states]), used)
-
-    def detach(self) -> AttentionState:
-        """The same tensors, cut off from the graph that made them."""
-        return self._map(Tensor.detach)
-
-    def clone(self) -> AttentionState:
-        """A copy that shares no memory with this one."""
-        return self._map(Tensor.clone)
-
-    def to(self, device: torch.device | str) -> AttentionState:
-        """The same cache on another device."""
-        return self._map(lambda v: v.to(device))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by the tensors."""
-        return self.k.nbytes + self.v.nbytes + self.length.nbytes
-
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """What a state file holds: the valid part."""
-        return {
-            prefix + "k": self.k[:, : self.used], prefix + "v": self.v[:, : self.used], prefix + "length": self.length
-        }  # fmt: skip
-
-    def grow(self, needed: int) -> AttentionState:
-        """The same cache with room for `needed` tokens; doubling, so that appending costs a constant on average.
-
-        Whole pages: sums over a cache then have no ragged end, and their rounding does not depend on the room that is left.
-        """
-        capacity = self.k.shape[1]
-        if needed <= capacity:
-            return self
-        extra = whole_pages(max(needed, 2 * capacity)) - capacity
-        return self._replace(k=F.pad(self.k, (0, 0) * 2 + (0, extra)), v=F.pad(self.v, (0, 0) * 2 + (0, extra)))
 
 
 class Attention(nn.Module):
@@ -154,7 +79,7 @@ class Attention(nn.Module):
             after = AttentionState(k, v, state.length + u.shape[1], u.shape[1])
             return self._out(_attend(q, k, v, None)), after
         grown = state.grow(state.used + u.shape[1]).clone()
-        after = _append(grown, k, v)
+        after = grown.append(k, v)
         return self._out(_attend(q, after.k, after.v, _mask(state.length, u.shape[1], after.k.shape[1]))), after
 
     def prefill_last(self, u: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
@@ -162,29 +87,42 @@ class Attention(nn.Module):
         y, after = self.prefill(u, state)
         return y[:, -1:], after
 
-    def step(self, u: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        """One token: u [b, d_model] to (y, the cache with it appended, in place where it had room)."""
-        q, k, v = self._project(u.unsqueeze(1))
+    def step(self, u: Tensor, state: Cache, live: Tensor | None = None) -> tuple[Tensor, Cache]:
+        """One token: u [b, d_model] to (y, the cache with it appended, in place where it had room).
+
+        live [1] int32: of the sequences the first so many; the others are padding, whose y means nothing and whose cache
+        does not count what is written behind it.
+        """
+        self._check_input(u, 2)
+        return self.step_row(self.in_proj(u), state, live)
+
+    def step_row(self, row: Tensor, state: Cache, live: Tensor | None = None) -> tuple[Tensor, Cache]:
+        """`step` from what in_proj gives, [b, projected]."""
+        q, k, v = self._heads(row.unsqueeze(1))
         grown = state.grow(state.used + 1)
         if torch.is_grad_enabled():
             grown = grown.clone()
         before = grown.length.clone()
-        after = _append(grown, k, v)
-        return self._out(_attend(q, after.k, after.v, _mask(before, 1, after.k.shape[1]))).squeeze(1), after
+        after = grown.append(k, v)
+        if live is not None:
+            after.length.copy_(before + (torch.arange(len(before), device=before.device) < live))
+        keys, values = after.rows()
+        return self._out(_attend(q, keys, values, _mask(before, 1, keys.shape[1]))).squeeze(1), after
 
-    def verify(self, u: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+    def verify(self, u: Tensor, state: Cache) -> tuple[Tensor, Cache]:
         """`prefill` of tokens [b, t] of which the last ones may be taken back: y, and the state itself.
 
         They are written behind what the cache holds, which must have room for them, and do not count yet: see `accept`.
         """
         q, k, v = self._project(u)
         before, tokens = state.length.clone(), u.shape[1]
-        if state.used + tokens > state.k.shape[1]:
-            raise ValueError(f"The cache has {state.k.shape[1]} places, and {state.used + tokens} are needed; grow it.")
-        _append(state._replace(length=before.clone()), k, v)
-        return self._out(_attend(q, state.k, state.v, _mask(before, tokens, state.k.shape[1]))), state
+        if state.used + tokens > state.capacity:
+            raise ValueError(f"The cache has {state.capacity} places, and {state.used + tokens} are needed; grow it.")
+        state._replace(length=before.clone()).append(k, v)
+        keys, values = state.rows()
+        return self._out(_attend(q, keys, values, _mask(before, tokens, keys.shape[1]))), state
 
-    def accept(self, read: AttentionState, state: AttentionState, rows: list[int], count: int) -> None:
+    def accept(self, read: Cache, state: Cache, rows: list[int], count: int) -> None:
         """Let the first `count` of the tokens that `verify` read count, in some rows."""
         state.length[torch.tensor(rows, device=state.length.device)] += count
 
@@ -198,10 +136,17 @@ class Attention(nn.Module):
         return torch.cat(ys, dim=1), AttentionState.cat(states)
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if u.shape[-1] != self.d_model or u.ndim != 3:
-            raise ValueError(f"u must be [b, t, d_model] with d_model = {self.d_model}; it came with {tuple(u.shape)}.")
-        heads = self.in_proj(u).unflatten(-1, (-1, self.head_dim))
-        return heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
+        self._check_input(u, 3)
+        return self._heads(self.in_proj(u))
+
+    def _check_input(self, u: Tensor, dimensions: int) -> None:
+        letters = "[b, t, d_model]" if dimensions == 3 else "[b, d_model]"
+        if u.shape[-1] != self.d_model or u.ndim != dimensions:
+            raise ValueError(f"u must be {letters} with d_model = {self.d_model}; it came with {tuple(u.shape)}.")
+
+    def _heads(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = row.unflatten(-1, (-1, self.head_dim)).split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
+        return q, k, v
 
     def _out(self, y: Tensor) -> Tensor:
         return self.out_proj(y.flatten(-2))
@@ -220,13 +165,3 @@ def _mask(before: Tensor, tokens: int, capacity: int) -> Tensor:
     """[b, 1, t, capacity]: token i of a sequence that had `before` tokens sees the cache up to before + i."""
     last = before[:, None] + torch.arange(tokens, device=before.device)
     return (torch.arange(capacity, device=before.device) <= last[..., None]).unsqueeze(1)
-
-
-def _append(state: AttentionState, k: Tensor, v: Tensor) -> AttentionState:
-    """Write k, v [b, t, ...] behind what each sequence holds; the tensors of `state` are changed."""
-    tokens = k.shape[1]
-    at = state.length[:, None] + torch.arange(tokens, device=k.device)
-    rows = torch.arange(k.shape[0], device=k.device)[:, None]
-    state.k[rows, at] = k.to(state.k.dtype)
-    state.v[rows, at] = v.to(state.v.dtype)
-    return state._replace(length=state.length.add_(tokens), used=state.used + tokens)

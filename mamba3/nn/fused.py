@@ -1,4 +1,4 @@
-"""Whether the kernels of `mamba3.ops.triton.block` take what a block does beside its matrix products."""
+"""Whether the kernels of `mamba3.ops.triton.block` and `few_rows` take what a block does."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def fused_rows(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(v.requires_grad for v in given):
         return False
     return all(why_not(v.device, v.dtype) is None for v in given)
+
+
+def fused_products(u: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether `few_rows` takes the product of u [..., k], or of what is made of it, with weight [o, k]: 16 bits, few rows."""
+    if not fused_rows(u, weight, *others) or weight.element_size() != 2 or torch.is_autocast_enabled("cuda"):
+        return False
+    from mamba3.ops.triton.few_rows import MOST_ROWS, WIDEST
+
+    k = weight.shape[1]
+    return k <= WIDEST and u.shape[-1] == k and u.numel() <= MOST_ROWS * k and weight.is_contiguous()

@@ -12,11 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba3.nn.fused import fused_products
+
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the layer is its weight and bias and nothing else."""
-    changed = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not changed
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and is_untouched(linear)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module is its class's forward and nothing else: no hook, no forward of its own, not compiled."""
+    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not changed and module._compiled_call_impl is None
 
 
 @torch.library.custom_op("mamba3::matrix_vector", mutates_args=())
@@ -30,28 +37,29 @@ def _(matrix: Tensor, vector: Tensor) -> Tensor:
     return vector.new_empty(matrix.shape[0])
 
 
-def one_row(u: Tensor, weight: Tensor) -> Tensor | None:
-    """F.linear(u, weight) by torch.mv where that is faster: one row of bfloat16 on a CPU, no gradient. None elsewhere.
+def few_rows(u: Tensor, weight: Tensor) -> Tensor | None:
+    """F.linear(u, weight) by what is faster for a row or two: on a GPU the kernel `few_rows`, on a CPU torch.mv for one row of
+    bfloat16. None elsewhere, and where a gradient is recorded.
 
     With torch 2.13 on x86, F.linear reads a bfloat16 matrix at 17 GB/s for one row and mv at 26 (18 and 40 for a head of
     32,000); float32 is equal either way, float16 is three times slower in mv.
     """
+    if type(weight) is not nn.Parameter:
+        return None
+    if u.dtype == weight.dtype and fused_products(u, weight):
+        from mamba3.ops.triton.few_rows import product
+
+        return product(u, weight)
     suits = u.device.type == "cpu" and u.dtype == weight.dtype == torch.bfloat16
-    if (
-        not suits
-        or u.numel() != weight.shape[1]
-        or type(weight) is not nn.Parameter
-        or torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-    ):
+    if not suits or u.numel() != weight.shape[1] or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     multiply = matrix_vector if torch.compiler.is_compiling() else torch.mv
     return multiply(weight, u.reshape(-1)).view(*u.shape[:-1], -1)
 
 
 def project(linear: nn.Module, u: Tensor) -> Tensor:
-    """linear(u), by `one_row` where the layer is plain."""
-    y = one_row(u, linear.weight) if is_plain(linear) and linear.bias is None else None
+    """linear(u), by `few_rows` where the layer is plain."""
+    y = few_rows(u, linear.weight) if is_plain(linear) and linear.bias is None else None
     return linear(u) if y is None else y
 
 

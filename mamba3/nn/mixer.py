@@ -316,33 +316,47 @@ class Mamba3(nn.Module):
         y, state = self.prefill(u, state)
         return y[:, -1:], state
 
-    def step(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, u: Tensor, state: State, live: Tensor | None = None) -> tuple[Tensor, State]:
         """One token: u [b, d_model] to (y [b, d_model], state).
 
         The given state is updated in place and returned. While gradients are recorded it is left alone, and a new one
-        is returned.
+        is returned. live [1] int32: how many of the sequences, the first ones, there are; the others are padding, whose state
+        stays and whose y is 0.
         """
         self._check_input(u, 2)
+        return self.step_row(project(self.in_proj, u), state, live)
+
+    def step_row(self, projected: Tensor, state: State, live: Tensor | None = None) -> tuple[Tensor, State]:
+        """`step` from what in_proj gives, [b, projected]."""
         inplace = not torch.is_grad_enabled()
-        if inplace and self._decodes(u, state):
-            return project(self.out_proj, self._decode(self.in_proj(u), state).flatten(-2)), state
-        row, conv = self._project(u), None
+        if inplace and self._decodes(projected, state):
+            return project(self.out_proj, self._decode(projected, state, live, ahead=True).flatten(-2)), state
+        row, conv = Projected(*projected.split(self.splits, dim=-1)), None
         if self.conv is not None:
             mixed, conv = self.conv.step(torch.cat([row.x, row.B, row.C], dim=-1), self._conv_state(state))
             row = self._replace_conv(row, mixed)
-        y, after = run_step(self._inputs(row), self._gate(row.z), state, inplace=inplace, trusted=True)
+        alone = inplace and live is None
+        y, after = run_step(self._inputs(row), self._gate(row.z), state, inplace=alone, trusted=True)
         if conv is not None:
-            after = after._replace(conv=state.conv.copy_(conv) if inplace and state.conv is not None else conv)
+            after = after._replace(conv=state.conv.copy_(conv) if alone and state.conv is not None else conv)
+        if live is not None:
+            rows = torch.arange(len(projected), device=live.device) < live
+            y, after = y.masked_fill(~rows[:, None, None], 0), after.where(rows, state)
+            after = state.copy_(after) if inplace else after
         return project(self.out_proj, y.flatten(-2)), after
 
-    def _decodes(self, u: Tensor, state: State) -> bool:
-        """Whether the fused decode kernel does this layer's step: everything but convolution, out norm and RoPE."""
-        plain = self.conv is None and self.norm is None and self.rotation != "standard"
-        if not plain or u.device.type != "cuda" or kernels.why_not(u.device, self.in_proj.weight.dtype):
-            return False
-        return all(v.is_contiguous() for v in state[:4])
+    def why_no_kernel(self) -> str | None:
+        """Why the fused decode kernel does not do this layer's step; None where it does."""
+        if self.conv is not None or self.norm is not None or self.rotation == "standard":
+            return "a layer with a short convolution, an output norm or RoPE has no decode kernel"
+        weight = self.in_proj.weight
+        why = kernels.why_not(weight.device, weight.dtype)
+        return why or (None if weight.is_cuda else f"the kernels need a CUDA or ROCm device, not {weight.device.type}")
 
-    def _decode(self, row: Tensor, state: State) -> Tensor:
+    def _decodes(self, row: Tensor, state: State) -> bool:
+        return row.is_cuda and self.why_no_kernel() is None and all(v.is_contiguous() for v in state[:4])
+
+    def _decode(self, row: Tensor, state: State, live: Tensor | None = None, *, ahead: bool = False) -> Tensor:
         """One token between the projections, by `mamba3.ops.triton.decode`; the state moves on in place."""
         from mamba3.ops.triton.decode import Parameters, decode
 
@@ -354,7 +368,7 @@ class Mamba3(nn.Module):
             parameter(self.mimo_x), parameter(self.mimo_z), parameter(self.mimo_o), parameter(self.D), self.ngroups,
             self.mimo_rank, self.decay, self.A_floor, None if self.lam == "learned" else float(self.lam),
         )  # fmt: skip
-        return decode(row, shared, state)
+        return decode(row, shared, state, live, ahead=ahead)
 
     def _check_input(self, u: Tensor, dimensions: int) -> None:
         letters = "[b, t, d_model]" if dimensions == 3 else "[b, d_model]"

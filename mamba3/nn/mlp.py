@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba3.nn.fused import fused_rows
-from mamba3.nn.linear import project
+from mamba3.nn.linear import is_untouched, project
+from mamba3.nn.norm import RMSNorm
 
 MULTIPLE = 128
 
@@ -19,6 +21,14 @@ class GatedMLP(nn.Module):
         inner = -(-d_intermediate // MULTIPLE) * MULTIPLE
         self.fc1 = nn.Linear(d_model, 2 * inner, bias=False, device=device, dtype=dtype)
         self.fc2 = nn.Linear(inner, d_model, bias=False, device=device, dtype=dtype)
+
+    def after(self, norm: RMSNorm, h: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(mlp(norm(h + y) in `dtype`), h + y); for a row or two on a GPU norm, fc1 and the gate are one kernel."""
+        if norm.projects(h, y, dtype, self.fc1) and is_untouched(self):
+            inner, h = norm.project(h, y, dtype, self.fc1, gated=True)
+            return project(self.fc2, inner), h
+        u, h = norm.after(h, y, dtype)
+        return self(u), h
 
     def forward(self, u: Tensor) -> Tensor:
         inner = project(self.fc1, u)

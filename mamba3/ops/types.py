@@ -32,9 +32,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 def transformed(v: Tensor) -> bool:
     """Whether v is inside torch.vmap or another torch.func transform: it stands for a batch of tensors, which neither a
-    checkpoint can store nor a kernel address. (PyTorch has no public name for the question.)"""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(v)
+    checkpoint can store nor a kernel address."""
+    return not torch.compiler.is_compiling() and torch.func.debug_unwrap(v, recurse=False) is not v
 
 
 class State(NamedTuple):
@@ -87,6 +86,10 @@ class State(NamedTuple):
         index = torch.as_tensor(index, device=self.S.device)
         return self.map(lambda v: v.index_select(0, index))
 
+    def part(self, rows: slice) -> State:
+        """The states of sequences that lie side by side, in this one's memory."""
+        return self.map(lambda v: v[rows])
+
     @staticmethod
     def cat(states: Sequence[State]) -> State:
         """The sequences of several states of one layer, in order. A copy."""
@@ -104,6 +107,14 @@ class State(NamedTuple):
     def to(self, device: torch.device | str) -> State:
         """The same state on another device."""
         return self.map(lambda v: v.to(device))
+
+    def where(self, rows: Tensor, other: State) -> State:
+        """This state in some sequences, rows [b] of bool, and `other` in those left out."""
+        fields = [
+            None if mine is None or theirs is None else torch.where(rows.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
+            for mine, theirs in zip(self, other, strict=True)
+        ]
+        return State(*fields)  # pyright: ignore[reportArgumentType]
 
     def copy_(self, other: State) -> State:
         """Overwrite this state's tensors with those of `other`."""

@@ -40,6 +40,7 @@ def create_app(service: Service) -> FastAPI:
         service.draining = True
         await asyncio.to_thread(service.thread.stop)
         await asyncio.to_thread(service.sessions.park_all)
+        service.tokenizing.shutdown()
 
     app = FastAPI(
         title="mamba3", version=__version__, lifespan=lifespan,
@@ -84,9 +85,11 @@ async def text_job(service: Service, body: CompletionBody, http: Request, owner:
     prompt_logprobs = body.logprobs if body.echo else None
     with of_the_caller():
         params = body.sampling(limit, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
-    whose = _tenant(owner, body.user)
     if body.session is None:
-        requests = [EngineRequest(id=f"{id}-{i}", tokens=p, params=params, owner=whose) for i, p in enumerate(prompts)]
+        requests = [
+            EngineRequest(id=f"{id}-{i}", tokens=tokens, params=params, owner=owner, user=body.user)
+            for i, tokens in enumerate(prompts)
+        ]
         return Job(service, http, requests, shape)
     session = await stack.enter_async_context(service.session(owner, body.session))
     assert isinstance(body.prompt, str)
@@ -117,7 +120,7 @@ async def chat_job(service: Service, body: ChatBody, http: Request, owner: str, 
             said, tokens = await service.tokenize(template.following, session.text, messages)
     _check_length(service, len(tokens), "messages")
     if session is None:
-        requests = [EngineRequest(id=id, tokens=tokens, params=params, owner=_tenant(owner, body.user))]
+        requests = [EngineRequest(id=id, tokens=tokens, params=params, owner=owner, user=body.user)]
         return Job(service, http, requests, shape)
     return Job(service, http, [session.request(id, tokens, params)], shape, session, said)
 
@@ -142,11 +145,6 @@ def _check_length(service: Service, tokens: int, param: str) -> None:
     if tokens > service.config.max_prompt:
         told = f"A prompt may have at most {service.config.max_prompt} tokens; it has {tokens}."
         raise APIError(400, told, param=param, code="context_length_exceeded")
-
-
-def _tenant(owner: str, user: str) -> str:
-    """Who takes turns with whom, and whose prefix cache it is: the users of one key are apart."""
-    return f"{owner}/{user}" if user else owner
 
 
 def _includes_usage(body: Generation) -> bool:
@@ -182,7 +180,7 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
     @app.get("/status", tags=["operations"])
     async def status(owner: Owner):
         """What the status page shows."""
-        engine = service.engine
+        engine, sessions = service.engine, await asyncio.to_thread(service.sessions.list, owner)
         return {
             "model": service.config.model_name, "seconds": int(time.time()) - started, "rows": engine.config.rows,
             "running": len(engine.scheduler.running), "reading": len(engine.scheduler.prompts),
@@ -190,7 +188,7 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
             "cache_hits": engine.cache.hits, "cache_misses": engine.cache.misses, "cache_bytes": engine.cache.nbytes,
             "cached_tokens": engine.counters.cached_tokens, "prompt_tokens": engine.counters.prompt_tokens,
             "chosen_tokens": engine.counters.chosen_tokens,
-            "sessions": [info.__dict__ for info in service.sessions.list(owner)[:100]],
+            "sessions": [info.__dict__ for info in sessions[:100]],
         }  # fmt: skip
 
     page = files("mamba3.serve").joinpath("status.html").read_text(encoding="utf-8")

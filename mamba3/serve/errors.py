@@ -13,7 +13,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from mamba3.engine import QueueFull, SessionBusy, TooManySessions, UnknownSession
+from mamba3.engine import (
+    QueueFull,
+    SessionBusy,
+    SessionMemoryFull,
+    SessionNotSaved,
+    TooManySessions,
+    UnknownSession,
+)
 from mamba3.serve.background import EngineFailed
 
 _log = logging.getLogger("mamba3.serve")
@@ -68,6 +75,10 @@ def error_of(error: Exception) -> APIError:
         return APIError(409, str(error), param="session", code="session_busy")
     if isinstance(error, TooManySessions):
         return APIError(429, str(error), code="too_many_sessions")
+    if isinstance(error, SessionMemoryFull):
+        return APIError(429, str(error), param="session", code="session_memory_full")
+    if isinstance(error, SessionNotSaved):
+        return APIError(503, str(error), param="session", code="session_not_saved")
     if isinstance(error, EngineFailed):
         return APIError(503, str(error), code="engine_failed")
     return APIError(500, "The server failed; its log says why.", code="internal_error")
@@ -111,7 +122,9 @@ def install(app: FastAPI) -> None:
     async def known(request: Request, error: Exception) -> JSONResponse:
         return response_of(error_of(error))
 
-    for kind in (APIError, QueueFull, UnknownSession, SessionBusy, TooManySessions, EngineFailed):
+    for kind in (
+        APIError, QueueFull, UnknownSession, SessionBusy, TooManySessions, SessionMemoryFull, SessionNotSaved, EngineFailed,
+    ):  # fmt: skip
         app.exception_handler(kind)(known)
 
     @app.exception_handler(Exception)

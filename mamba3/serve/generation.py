@@ -6,10 +6,10 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -22,6 +22,7 @@ from mamba3.engine import Output, Request, Session, Speech, TokenLogprob
 from mamba3.serve.errors import body_of, error_of, of_the_caller
 from mamba3.serve.service import Service
 
+T = TypeVar("T")
 _log = logging.getLogger("mamba3.serve")
 _GONE = 499  # what the log says of a request whose client left; nobody is told
 
@@ -70,6 +71,7 @@ class Job:
     session: Session | None = None
     said: str = ""
     began: float = field(default_factory=time.perf_counter)
+    gone: bool = False
 
     def __post_init__(self):
         self.choices = [
@@ -122,6 +124,13 @@ class Job:
                     self.requests[0], self.said, choice.tokens, choice.text, output.finish, speech, keep
                 )
 
+    def note_gone(self) -> None:
+        """The client has left; the log and the metrics hear of it once."""
+        if not self.gone:
+            self.service.metrics.aborted.inc()
+            self.http.state.facts = {"status": _GONE}
+        self.gone = True
+
     def _end(self) -> None:
         usage, metrics = self.usage, self.service.metrics
         metrics.prompt_tokens.inc(usage.prompt_tokens)
@@ -133,14 +142,21 @@ class Job:
         }  # fmt: skip
 
 
+class _ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
 async def answer(job: Job, stack: AsyncExitStack, stream: bool, include_usage: bool) -> Response:
     """The answer. `stack` holds what the job has entered; it is left when the answer has been given."""
-    if not stream:
-        async with stack:
-            await _unless_gone(job, _collect(job))
-        return _json(job.shape.whole(job.choices, job.usage))
-    events = _events(job, stack, include_usage)
-    first = await anext(events)  # what fails before the first event is an answer of its own, with its status
+    try:
+        if not stream:
+            async with stack:
+                await _unless_gone(job, _collect(job))
+            return _json(job.shape.whole(job.choices, job.usage))
+        events = _events(job, stack, include_usage)
+        first = await _unless_gone(job, anext(events))  # what fails here is an answer of its own, with its status
+    except _ClientLeft:
+        return Response(status_code=_GONE)
 
     async def body() -> AsyncGenerator[bytes, None]:
         try:
@@ -159,25 +175,24 @@ async def _collect(job: Job) -> None:
             pass
 
 
-async def _unless_gone(job: Job, work) -> None:
-    """Do the work, and stop when the client goes away."""
+async def _unless_gone(job: Job, work: Awaitable[T]) -> T:
+    """Do the work; when the client goes away before its end, stop it and raise _ClientLeft."""
 
     async def gone() -> None:
         while (await job.http.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            job.service.metrics.aborted.inc()
-            job.http.state.facts = {"status": _GONE}
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        job.note_gone()
+        raise _ClientLeft
     finally:
-        for task in tasks:
-            task.cancel()
-        done = await asyncio.gather(*tasks, return_exceptions=True)
-    if isinstance(done[0], Exception):
-        raise done[0]
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _events(job: Job, stack: AsyncExitStack, include_usage: bool) -> AsyncGenerator[bytes, None]:
@@ -205,8 +220,7 @@ async def _events(job: Job, stack: AsyncExitStack, include_usage: bool) -> Async
         yield format_sse_event(data_str=json.dumps(body_of(error_of(error))))
     finally:
         if not complete:
-            job.service.metrics.aborted.inc()
-            job.http.state.facts = {"status": _GONE}
+            job.note_gone()
 
 
 async def _merge(service: Service, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Output], None]:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,7 +35,6 @@ class ServeConfig:
     max_body: int = 8 * 2**20  # bytes of one request
     max_import: int = 2**30  # bytes of a session that is brought in
     per_key: int = 64  # requests of one key at a time
-    save_turns: bool = True  # write a session to its file after each turn, where there is a folder for them
 
 
 class Service:
@@ -52,14 +52,14 @@ class Service:
     ):
         self.tokenizer, self.template, self.config = tokenizer, template, config or ServeConfig()
         self.end_token, self.pieces = end_of_text(tokenizer), byte_pieces(tokenizer)
-        self.sessions = SessionStore(model) if sessions is None else sessions
-        self.saves = self.config.save_turns and self.sessions.has_folder
+        owners = max(1, len(self.config.api_keys))
+        self.sessions = SessionStore(model, owners=owners) if sessions is None else sessions
         self.metrics, self.draining = Metrics(), False
         self.engine = Engine(model, engine, tokenizer, self.end_token, draft)
         self.thread = EngineThread(self.engine, self.metrics.stepped)
         self._owners = {_hash(key): _hash(key) for key in self.config.api_keys}
         self._under_way: Counter[str] = Counter()
-        self._tokenizing = asyncio.Lock()
+        self.tokenizing = ThreadPoolExecutor(1, "tokenizer")
         self._leaving: set[asyncio.Future[None]] = set()  # the event loop itself holds its tasks weakly
         self._add_gauges()
 
@@ -106,29 +106,29 @@ class Service:
         return min(default, self.config.max_tokens) if wanted is None else wanted
 
     async def tokenize(self, call: Callable[..., T], *arguments: Any) -> T:
-        """A call of the tokenizer, beside the event loop, one at a time: `encode` sets and resets a switch of it."""
-        async with self._tokenizing:
-            return await asyncio.to_thread(call, *arguments)
+        """A call of the tokenizer beside the event loop, always in the same thread: each thread that encodes comes to hold a
+        cache of 10,000 words, and what is kept once is kept for good."""
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, call, *arguments)
 
     # -- sessions
 
     @asynccontextmanager
     async def session(self, owner: str, name: str) -> AsyncIterator[Session]:
-        """A session for one request; its file is read and written beside the event loop, whatever happens to the request."""
-        use = self.sessions.use(owner, name)
-        entering = asyncio.ensure_future(asyncio.to_thread(use.__enter__))
+        """A session for one request, which takes place whole or not at all; its file is read and written beside the event
+        loop, and the session is in use until that is done, whatever happens to the request."""
+        self.sessions.check_memory(owner)
+        taking = asyncio.ensure_future(asyncio.to_thread(self.sessions.take, owner, name))
+        end = self.sessions.roll_back
         try:
-            session = await asyncio.shield(entering)
-            turns = len(session.turns)
-            yield session
-            if self.saves and len(session.turns) > turns:
-                await asyncio.to_thread(self.sessions.write, session)
+            lease = await asyncio.shield(taking)
+            yield lease.session
+            end = self.sessions.commit
         finally:  # in a task of its own: a client that goes away cancels what waits here
 
             async def leave() -> None:
-                await asyncio.wait([entering])
-                if entering.exception() is None:
-                    await asyncio.to_thread(use.__exit__, None, None, None)
+                await asyncio.wait([taking])
+                if taking.exception() is None:
+                    await asyncio.to_thread(end, taking.result())
 
             leaving = asyncio.ensure_future(leave())
             self._leaving.add(leaving)
@@ -142,6 +142,9 @@ class Service:
         gauge("waiting", "Requests in the queue", lambda: engine.scheduler.waiting)
         gauge("rows", "Rows of the state pool", lambda: engine.config.rows)
         gauge("pool_bytes", "Bytes of the state pool", lambda: engine.pool.nbytes)
+        gauge("pages", "Pages of a hybrid's caches", lambda: engine.pool.pages.count if engine.pool.pages else 0)
+        gauge("pages_free", "Pages that nobody holds", lambda: engine.pool.pages.free if engine.pool.pages else 0)
+        gauge("swaps", "Sequences whose caches left the pages for others, so far", lambda: engine.counters.swaps)
         gauge("preemptions", "Sequences that made way for others, so far", lambda: engine.counters.preemptions)
         gauge("guessed_tokens", "Tokens that a draft guessed, so far", lambda: engine.counters.guessed_tokens)
         gauge("right_guesses", "Guesses that were right, so far", lambda: engine.counters.right_guesses)
@@ -151,7 +154,7 @@ class Service:
         gauge("cache_misses", "Prompts that did not, so far", lambda: engine.cache.misses)
         gauge("sessions", "Sessions, parked ones included", lambda: len(self.sessions))
         gauge("sessions_resident", "Sessions in memory", lambda: self.sessions.resident)
-        gauge("session_bytes", "Bytes of the states of sessions in memory", lambda: self.sessions.nbytes)
+        gauge("session_bytes", "Bytes of sessions in memory", lambda: self.sessions.nbytes)
         gauge("tokens_per_second", "Tokens chosen a second, over ten seconds", lambda: self.metrics.tokens_per_second)
 
 

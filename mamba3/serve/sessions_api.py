@@ -1,7 +1,9 @@
 """/v1/sessions: conversations by name, which fork, rewind, rest in files and move between servers."""
 
 import asyncio
+import tempfile
 from collections.abc import Callable
+from pathlib import Path as FilePath
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -33,7 +35,7 @@ def session_routes(service: Service) -> APIRouter:
     @router.get("")
     async def list_sessions(owner: Owner) -> SessionList:
         """All sessions of this key."""
-        return SessionList(data=[shown(info) for info in store.list(owner)])
+        return SessionList(data=[shown(info) for info in await asyncio.to_thread(store.list, owner)])
 
     @router.post(
         "/import",
@@ -45,7 +47,13 @@ def session_routes(service: Service) -> APIRouter:
         id: Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = None,
     ) -> SessionObject:
         """Bring in what /export gave, here or elsewhere; checked against its checksum and this model."""
-        return shown(await do(store.import_, await http.body(), owner, id))
+        async with service.place(owner):
+            with tempfile.TemporaryDirectory() as scratch:
+                path = FilePath(scratch) / "session"
+                with path.open("wb") as file:  # not in memory, where it has no bound but the length of a body
+                    async for chunk in http.stream():
+                        file.write(chunk)
+                return shown(await do(store.import_, path, owner, id))
 
     @router.get("/{id}")
     async def get(id: Id, owner: Owner) -> SessionObject:
@@ -78,8 +86,9 @@ def session_routes(service: Service) -> APIRouter:
     @router.get("/{id}/export", response_class=Response, responses={200: {"content": {OCTETS: {}}}})
     async def export(id: Id, owner: Owner) -> Response:
         """The session as one file, for /import."""
-        with of_the_caller():
-            data = await asyncio.to_thread(store.export, owner, id)
+        async with service.place(owner):
+            with of_the_caller():
+                data = await asyncio.to_thread(store.export, owner, id)
         headers = {"Content-Disposition": f'attachment; filename="{id}.safetensors"'}
         return Response(data, media_type=OCTETS, headers=headers)
 

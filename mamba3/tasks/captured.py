@@ -18,13 +18,14 @@ from torch import Tensor
 from mamba3.tasks.settings import Settings
 from mamba3.tasks.stack import BC_BIASES, NEVER_DECAYED
 
-# (weights [m, P] as `Layout` joins them; tokens [b, t]; positions [b]) to logits [m, b, v]
+# (weights [m, P] as `Layout` joins them; tokens [b, t]; positions [b] or [b, q]) to logits [m, b, v] or [m, b, q, v]
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 WARM_UPS = 3
 
 
 class Group(NamedTuple):
-    """Sequences of similar length of every step of a stage: tokens [steps, b, t] uint8, positions and answers [steps, b]."""
+    """Sequences of similar length of every step of a stage: tokens [steps, b, t] of small integers, positions and answers
+    [steps, b], or [steps, b, q] of several questions."""
 
     tokens: Tensor
     positions: Tensor
@@ -178,7 +179,9 @@ class Captured:
 
 
 def answer_losses(logits: Tensor, answers: Tensor) -> Tensor:
-    """Summed cross-entropy [m] of logits [m, b, v]."""
-    m, b, v = logits.shape
-    losses = F.cross_entropy(logits.reshape(m * b, v).float(), answers.expand(m, b).reshape(-1), reduction="none")
-    return losses.view(m, b).sum(1)
+    """Cross-entropy [m] of logits [m, b, v] or [m, b, q, v], summed over sequences, the mean of each one's questions."""
+    m, v, questions = logits.shape[0], logits.shape[-1], answers[0].numel()
+    losses = F.cross_entropy(
+        logits.reshape(-1, v).float(), answers.expand(m, *answers.shape).flatten(), reduction="none"
+    )
+    return losses.view(m, -1).sum(1) / questions

@@ -29,7 +29,7 @@ class Entrants(Protocol):
     weights: Tensor
     exist: Tensor
 
-    def forward(self, rows: list[int], device: torch.device, *, compiled: bool = False) -> Forward:
+    def forward(self, rows: list[int], device: torch.device) -> Forward:
         """The joint forward pass of these models."""
         ...
 
@@ -44,35 +44,11 @@ def _seeded(build, seed: int):
         return build()
 
 
-def _compiled(mixer):
-    """torch.compile of a mixer for any number of models and tokens."""
-    run = torch.compile(mixer)
-
-    def marked(
-        sizes: widened.Sizes, which: widened.Switches, layer: dict[str, Tensor], rows: mixing.Rows, last
-    ) -> Tensor:
-        # Each weight on its own: as views of one matrix they would bring their places in it along.
-        layer = {k: v.contiguous() for k, v in layer.items() if k in MIXED}
-        for value in (*which, *layer.values()):
-            torch._dynamo.maybe_mark_dynamic(value, 0)
-        for value in rows:
-            if value is not None:
-                torch._dynamo.maybe_mark_dynamic(value, 0)
-                if value.ndim == 4:
-                    torch._dynamo.maybe_mark_dynamic(value, 2)
-        return run(sizes, which, layer, rows, last)
-
-    return marked
-
-
-MIXED = tuple(f"mixer.{name}" for name in ("dt_bias", "B_bias", "C_bias", "D", "mimo_x", "mimo_z", "mimo_o"))
-
-
 class Folded:
-    """Mamba-3 models that differ in switches alone."""
+    """Mamba-3 models that differ in switches alone. kernels: mix by `mamba3.tasks.mixing_kernels`, where there is one rank."""
 
-    def __init__(self, configs: list[Mamba3Config], seeds: list[int]):
-        self.configs, self.sizes = configs, widened.Sizes.of(configs[0])
+    def __init__(self, configs: list[Mamba3Config], seeds: list[int], *, kernels: bool = False):
+        self.configs, self.sizes, self.kernels = configs, widened.Sizes.of(configs[0]), kernels
         widened.switches(configs, "cpu", torch.float32)  # refuses what cannot share a stack
         wide = []
         for config, seed in zip(configs, seeds, strict=True):
@@ -82,13 +58,13 @@ class Folded:
         rows = ({name: torch.stack([pair[i][name] for pair in wide]) for name in self.layout.shapes} for i in (0, 1))
         self.weights, self.exist = (self.layout.join(values) for values in rows)
 
-    def forward(self, rows: list[int], device: torch.device, *, compiled: bool = False) -> Forward:
+    def forward(self, rows: list[int], device: torch.device) -> Forward:
         which = widened.switches([self.configs[i] for i in rows], device, self.weights.dtype)
         sizes, layout = self.sizes, self.layout
 
         mixers = folded.Mixers(mixing.mix, mixing.mix_at)
-        if compiled:
-            mixers = folded.Mixers(*(_compiled(mixer) for mixer in mixers))
+        if self.kernels and sizes.r == 1:
+            mixers = folded.Mixers(mixing.mix_by_kernels, None)
 
         def logits(weights: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
             tokens, chunks = folded.in_chunks(tokens, sizes.r)
@@ -112,7 +88,7 @@ class Mapped:
         self.weights = self.layout.join({k: torch.stack([n[k] for n in named]) for k in named[0]})
         self.exist = torch.ones_like(self.weights)
 
-    def forward(self, rows: list[int], device: torch.device, *, compiled: bool = False) -> Forward:
+    def forward(self, rows: list[int], device: torch.device) -> Forward:
         template = self.template.to(device)
         # The fused attention has no rule for torch.vmap everywhere; the plain formula has.
         plain = "attention" in self.config.layers
@@ -146,7 +122,7 @@ class Apart:
         self.weights = self.layout.join({k: torch.stack([n[k] for n in named]) for k in named[0]})
         self.exist = torch.ones_like(self.weights)
 
-    def forward(self, rows: list[int], device: torch.device, *, compiled: bool = False) -> Forward:
+    def forward(self, rows: list[int], device: torch.device) -> Forward:
         template, layout = self.template.to(device), self.layout
 
         def logits(weights: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:

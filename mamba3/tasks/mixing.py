@@ -76,23 +76,44 @@ def _switch(v: Tensor) -> Tensor:
     return v.view(-1, 1, 1, 1)
 
 
+class Coefficients(NamedTuple):
+    """log_alpha, w, gamma, tick [m, b, t, h]; theta [m, b, t, a] in radians a unit of tick; frequencies [a] of RoPE."""
+
+    log_alpha: Tensor
+    w: Tensor
+    gamma: Tensor
+    tick: Tensor
+    theta: Tensor
+    frequencies: Tensor
+
+
+def coefficients(sizes: Sizes, which: Switches, layer: dict[str, Tensor], raw: Tensor) -> Coefficients:
+    """Every nonlinearity of the coefficients: raw [m, b, t, 3 h + a] of the projection."""
+    dt, A, lam, theta = raw.split([sizes.heads, sizes.heads, sizes.heads, sizes.pairs], dim=-1)
+    dt = F.softplus(dt + layer["mixer.dt_bias"][:, None, None])
+    A = -torch.where(_switch(which.heavy) > 0, heavy_tail(A), F.softplus(A)).clamp(min=sizes.A_floor)
+    lam = torch.where(_switch(which.fixed) > 0, _switch(which.lam), lam.sigmoid())
+    c = discretize(dt, A, lam)
+    w = c.gamma + F.pad(c.halo[:, :, 1:], (0, 0, 0, 1))
+    tick, theta = dt * _switch(which.turns), math.pi * theta.tanh()
+    return Coefficients(c.log_alpha, w, c.gamma, tick, theta, _frequencies(sizes, dt))
+
+
+def _frequencies(sizes: Sizes, like: Tensor) -> Tensor:
+    return 10000.0 ** -(torch.arange(sizes.pairs, device=like.device, dtype=like.dtype) / max(sizes.pairs, 1))
+
+
 def _keys(sizes: Sizes, which: Switches, layer: dict[str, Tensor], rows: Rows) -> _Keys:
-    """Every nonlinearity of the coefficients, the angles, B with bias and turned."""
+    """Coefficients and angles, and B with bias and turned."""
     assert rows.x is not None and rows.B is not None and rows.raw is not None
     x = rows.x.unflatten(-1, (sizes.heads, 1, sizes.p)).permute(0, 1, 3, 2, 4, 5)
     if sizes.r > 1:
         x = x * layer["mixer.mimo_x"][:, None, :, None]
-    dt, A, lam, theta = rows.raw.movedim(-1, 2).split([sizes.heads, sizes.heads, sizes.heads, sizes.pairs], dim=2)
-    dt = F.softplus(dt + layer["mixer.dt_bias"][:, None, :, None])
-    A = -torch.where(_switch(which.heavy) > 0, heavy_tail(A), F.softplus(A)).clamp(min=sizes.A_floor)
-    lam = torch.where(_switch(which.fixed) > 0, _switch(which.lam), lam.sigmoid())
-    c = discretize(dt, A, lam)
-    w = c.gamma + F.pad(c.halo[..., 1:], (0, 1))
-    frequencies = 10000.0 ** -(torch.arange(sizes.pairs, device=dt.device, dtype=dt.dtype) / max(sizes.pairs, 1))
-    turn = (math.pi * theta.tanh()).mT.unsqueeze(2) * (dt * _switch(which.turns)).unsqueeze(-1)
-    turn = turn + frequencies * _switch(which.rope).unsqueeze(-1)
-    phi = wrap(turn.double().cumsum(3)).to(dt.dtype)
-    return _Keys(x, _turned(sizes, rows.B, layer["mixer.B_bias"], phi), c.log_alpha, w, c.gamma, phi)
+    c = coefficients(sizes, which, layer, rows.raw)
+    log_alpha, w, gamma, tick = (v.transpose(2, 3).contiguous() for v in c[:4])
+    turn = c.theta.unsqueeze(2) * tick.unsqueeze(-1) + c.frequencies * _switch(which.rope).unsqueeze(-1)
+    phi = wrap(turn.double().cumsum(3)).to(w.dtype)
+    return _Keys(x, _turned(sizes, rows.B, layer["mixer.B_bias"], phi), log_alpha, w, gamma, phi)
 
 
 def _turned(sizes: Sizes, v: Tensor, bias: Tensor, phi: Tensor) -> Tensor:
@@ -123,6 +144,25 @@ def mix(sizes: Sizes, which: Switches, layer: dict[str, Tensor], rows: Rows, chu
         y = y + _from_earlier_chunks(x, B, C, w, sums, r)
     y = y.unflatten(4, (chunk, r)).flatten(3, 4) + layer["mixer.D"][:, None, :, None, None, None] * keys.x
     return _gated(sizes, layer, y.permute(0, 1, 3, 2, 4, 5), rows.z).flatten(-2)
+
+
+def mix_by_kernels(sizes: Sizes, which: Switches, layer: dict[str, Tensor], rows: Rows, chunks: int) -> Tensor:
+    """`mix` of one rank in float32 by `mamba3.tasks.mixing_kernels`, which have chunks of their own."""
+    from mamba3.tasks.coefficient_kernels import Coefficients as Fused
+    from mamba3.tasks.mixing_kernels import Mixed, tf32
+
+    assert rows.x is not None and rows.B is not None and rows.C is not None and rows.z is not None
+    assert rows.raw is not None and sizes.r == 1
+    log_alpha, w, gamma, tick, theta = Fused.apply(
+        rows.raw, layer["mixer.dt_bias"], which.turns, which.fixed, which.lam, which.heavy, sizes.A_floor
+    )
+    c = Coefficients(log_alpha, w, gamma, tick, theta, _frequencies(sizes, log_alpha))
+    x, z = (v.unflatten(-1, (sizes.heads, sizes.p)) for v in (rows.x, rows.z))
+    B_bias, C_bias = (layer[f"mixer.{name}"].squeeze(2) for name in ("B_bias", "C_bias"))
+    return Mixed.apply(
+        x, rows.B, rows.C, z, c.theta, c.tick, which.rope, c.frequencies, c.log_alpha, c.w, c.gamma, B_bias, C_bias,
+        layer["mixer.D"], tf32(),
+    ).flatten(-2)  # fmt: skip
 
 
 def _from_earlier_chunks(x: Tensor, B: Tensor, C: Tensor, w: Tensor, sums: Tensor, r: int) -> Tensor:

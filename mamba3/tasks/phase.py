@@ -78,12 +78,13 @@ def turning_pair(seen: Trace, ones: Tensor) -> Pair | None:
 
 
 @torch.no_grad()
-def turns_by_token(model: Mamba3LM, tokens: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """How far each token turns the state, over the sequences [b, t]: of each layer that turns (mean, agreement), both
-    [v, h, a]: the circular mean in radians, and the length of the mean unit vector, 1 where every such token turns alike.
+def turns_by_token(model: Mamba3LM, tokens: Tensor, kinds: Tensor | None = None) -> dict[int, tuple[Tensor, Tensor]]:
+    """How far each kind of token turns the state, over the sequences [b, t]: of each layer that turns (mean, agreement), both
+    [kinds, h, a]: the circular mean in radians, and the length of the mean unit vector, 1 where all of a kind turn alike.
 
-    NaN for tokens that are not there.
+    kinds [b, t]: of each token, from 0 on; the token itself when None. NaN for kinds that are not there.
     """
+    kinds, count = (tokens, model.config.vocab_size) if kinds is None else (kinds, int(kinds.max()) + 1)
     state = model.init_state(len(tokens))
     before, turned = {}, {}
     for column in tokens.T:
@@ -96,7 +97,7 @@ def turns_by_token(model: Mamba3LM, tokens: Tensor) -> dict[int, tuple[Tensor, T
     found = {}
     for i, turns in turned.items():
         each = torch.polar(torch.ones(()), torch.stack(turns, dim=1).float())  # [b, t, h, a]
-        means = torch.stack([each[tokens == v].mean(0) for v in range(model.config.vocab_size)])
+        means = torch.stack([each[kinds == kind].mean(0) for kind in range(count)])
         found[i] = means.angle().where(means.abs().isfinite(), torch.nan), means.abs()
     return found
 

@@ -1,7 +1,8 @@
 """What a sweep is, and the sequences that it trains on.
 
 The sequences of step k are those of `mamba3.tasks.fit`; within a step they are sorted by length and cut into groups that are
-padded to the longest of their own stage, which changes no sum but the order of its terms.
+padded to the longest of their own stage, which changes no sum but the order of its terms. Recall's have one length and,
+a part of the step's sequences each, K = T / 4, T / 8, ... pairs, as many numbers as the plan has groups.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mamba3.tasks import make_task
+from mamba3.tasks import MQAR, make_task
 from mamba3.tasks.captured import Group
 from mamba3.tasks.fit import STEPS_A_DRAW, seeded_generator
 from mamba3.tasks.settings import Settings
@@ -43,7 +44,7 @@ class Plan:
     keep: tuple[int, ...]
     groups: tuple[int, ...]
     data_seed: int = 0
-    precision: str = "high"  # of matrix products in all stages but the last: "high" lets a GPU shorten them to TF32
+    precision: str = "high"  # of matrix products in training: "high" lets a GPU shorten them to TF32
 
     def __post_init__(self):
         stages = len(self.settings.stages)
@@ -72,8 +73,43 @@ def draw_block(task: str, settings: Settings, seed: int, stage: int, block: int)
     return tokens.numpy(), places.gather(1, order).short().numpy(), answers.to(torch.uint8).numpy()
 
 
+def draw_recall(settings: Settings, seed: int, stage: int, block: int, divisor: int, sequences: int) -> tuple:
+    """The sequences of STEPS_A_DRAW steps with K = T / divisor pairs: arrays [steps, sequences, t or K]."""
+    length, task = settings.stages[stage], MQAR(pairs_divisor=divisor)
+    generator = seeded_generator(task.name, "training", seed, stage, block, divisor)
+    batch = task.sample(STEPS_A_DRAW * sequences, length, length, generator)
+    parts = (batch.inputs, batch.positions, batch.answers)
+    return tuple(v.to(torch.int16).view(STEPS_A_DRAW, sequences, -1).numpy() for v in parts)
+
+
+_recalled: dict[tuple, Group] = {}  # the last ones made, which plans of other models ask for again
+
+
+def _recall_group(plan: Plan, stage: int, pool: Executor | None) -> Group:
+    """Every step's sequences, the numbers of pairs one after another; a sequence of fewer pairs is asked each of its questions
+    several times, so that all are asked as many: the mean over a sequence's questions stays what it is."""
+    key = (plan.settings, plan.groups, plan.data_seed, stage)
+    if key not in _recalled:
+        _recalled.clear()
+        _recalled[key] = _draw_group(plan, stage, pool)
+    return _recalled[key]
+
+
+def _draw_group(plan: Plan, stage: int, pool: Executor | None) -> Group:
+    count, kinds, pairs = -(-plan.settings.steps // STEPS_A_DRAW), [], plan.settings.stages[stage] // 4
+    for i in range(plan.groups[stage]):
+        share = (4 * 2**i, plan.settings.batch // plan.groups[stage])
+        arguments = [(plan.settings, plan.data_seed, stage, block, *share) for block in range(count)]
+        drawn = pool.map(draw_recall, *zip(*arguments, strict=True)) if pool else (draw_recall(*a) for a in arguments)
+        tokens, *asked = (torch.cat([torch.from_numpy(v) for v in part]) for part in zip(*drawn, strict=True))
+        kinds.append((tokens, *(v.repeat(1, 1, -(-pairs // v.shape[2]))[..., :pairs] for v in asked)))
+    return Group(*(torch.cat(part, dim=1)[: plan.settings.steps] for part in zip(*kinds, strict=True)))
+
+
 def stage_groups(plan: Plan, stage: int, pool: Executor | None) -> list[Group]:
-    """All sequences of a stage, cut into groups of similar length."""
+    """All sequences of a stage, cut into groups of similar length; recall's in one."""
+    if plan.task == MQAR.name:
+        return [_recall_group(plan, stage, pool)]
     blocks = range(-(-plan.settings.steps // STEPS_A_DRAW))
     arguments = [(plan.task, plan.settings, plan.data_seed, stage, block) for block in blocks]
     if pool is None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from mamba3.ops.state_file import replace_file
 from mamba3.tasks import make_task
 from mamba3.tasks.base import Batch, Task
-from mamba3.tasks.captured import Captured, Forward, Group
+from mamba3.tasks.captured import Captured, Forward
 from mamba3.tasks.entrants import Entrants
 from mamba3.tasks.fit import CHECKPOINT, RESULTS, require_same, seeded_generator
 from mamba3.tasks.plan import Plan, stage_groups
@@ -48,8 +48,10 @@ def accuracies(task: Task, forward: Forward, weights: Tensor, batch: Batch) -> l
     torch.set_float32_matmul_precision("highest")
     for start in range(0, sequences, rows):
         part = batch.rows(start, start + rows).to(weights.device)
-        guesses = forward(weights, part.inputs, part.positions[:, 0]).argmax(-1)
-        correct += (guesses == part.answers[:, 0]).double().sum(1).cpu()
+        one = part.positions.shape[1] == 1
+        guesses = forward(weights, part.inputs, part.positions[:, 0] if one else part.positions).argmax(-1)
+        right = (guesses == (part.answers[:, 0] if one else part.answers)).double()
+        correct += right.view(*right.shape[:2], -1).mean(2).sum(1).cpu()
     torch.set_float32_matmul_precision(precision)
     return (correct / sequences).tolist()
 
@@ -58,12 +60,12 @@ class Sweep:
     """One plan in one folder; `run` goes on from where the folder is."""
 
     def __init__(
-        self, plan: Plan, entrants: Entrants, folder: Path, device: torch.device, *, compiled: bool = False,
+        self, plan: Plan, entrants: Entrants, folder: Path, device: torch.device, *,
         pool: Executor | None = None, save_every: float = 60.0, validate_every: int = VALIDATE_EVERY,
         validated: int = VALIDATED, say: Callable[[str], object] = sys.stderr.write,
     ):  # fmt: skip
         self.plan, self.entrants, self.folder, self.device = plan, entrants, folder, device
-        self.compiled, self.pool, self.save_every, self.say = compiled, pool, save_every, say
+        self.pool, self.save_every, self.say = pool, save_every, say
         self.validate_every, self.at_once = validate_every, min(AT_ONCE, validate_every)
         self.task, self.rows = make_task(plan.task), list(range(len(plan.members)))
         self.dropped: list[dict[str, Any]] = []
@@ -105,8 +107,8 @@ class Sweep:
             self.say(f"{self.folder.name}: stage {stage + 1}, {len(self.rows)} models, widths {widths}\n")
             began = time.perf_counter()
             last = stage + 1 == stages
-            torch.set_float32_matmul_precision("highest" if last else self.plan.precision)
-            self._start(groups)
+            torch.set_float32_matmul_precision(self.plan.precision)
+            self.training.start_stage(self.entrants.forward(self.rows, self.device), groups)
             self.say(f"{self.folder.name}: captured in {time.perf_counter() - began:.1f} s\n")
             if not self._train_until((stage + 1) * steps, should_stop):
                 return None
@@ -117,16 +119,6 @@ class Sweep:
 
     def _taken(self) -> int:
         return int(self.training.count)
-
-    def _start(self, groups: list[Group]) -> None:
-        try:
-            self.training.start_stage(self.entrants.forward(self.rows, self.device, compiled=self.compiled), groups)
-        except Exception as error:
-            if not self.compiled:
-                raise
-            self.say(f"{self.folder.name}: not compiled after all ({type(error).__name__}: {str(error)[:2000]})\n")
-            self.compiled = False
-            self.training.start_stage(self.entrants.forward(self.rows, self.device), groups)
 
     def _train_until(self, end: int, should_stop: Callable[[], bool]) -> bool:
         """Whether it got there; a checkpoint where not."""
@@ -238,7 +230,7 @@ class Sweep:
             ],
             "dropped": self.dropped, "validations": self.validations, "training_seconds": round(self.seconds, 1),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "torch": str(torch.__version__), "compiled": self.compiled,
+            "torch": str(torch.__version__),
         }  # fmt: skip
         replace_file(self.folder / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
         (self.folder / CHECKPOINT).unlink(missing_ok=True)

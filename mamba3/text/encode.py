@@ -1,5 +1,6 @@
 """Text to tokens, as training and serving read it, and the bytes that a token stands for."""
 
+import json
 import threading
 from collections.abc import Iterable, Sequence
 
@@ -17,12 +18,17 @@ _LITERAL_LOCK = threading.Lock()
 _LITERALS_KEPT = 4
 
 
+def find_end_of_text(tokenizer: Tokenizer) -> int | None:
+    """The token that ends a document by one of its usual names, None if there is none."""
+    tokens = (tokenizer.token_to_id(name) for name in _END_OF_TEXT_NAMES)
+    return next((token for token in tokens if token is not None), None)
+
+
 def end_of_text(tokenizer: Tokenizer) -> int:
-    """The token that separates documents."""
-    for name in _END_OF_TEXT_NAMES:
-        token = tokenizer.token_to_id(name)
-        if token is not None:
-            return token
+    """The token that separates documents. Raises ValueError if there is none."""
+    token = find_end_of_text(tokenizer)
+    if token is not None:
+        return token
     raise ValueError(
         f"a tokenizer must have an end-of-text token, one of {', '.join(_END_OF_TEXT_NAMES)}; add {END_OF_TEXT} to it."
     )
@@ -45,11 +51,23 @@ def _literal(tokenizer: Tokenizer) -> Tokenizer:
             return known[2]
         copy = Tokenizer.from_str(tokenizer.to_str())
         copy.encode_special_tokens = True
+        _without_useless_cache(copy)
         _LITERAL.pop(id(tokenizer), None)
         while len(_LITERAL) >= _LITERALS_KEPT:
             del _LITERAL[next(iter(_LITERAL))]
         _LITERAL[id(tokenizer)] = (tokenizer, size, copy)
         return copy
+
+
+def _without_useless_cache(tokenizer: Tokenizer) -> None:
+    """A tokenizer of bytes merges nothing, and yet the library keeps the tokens of 10,000 texts for each thread: megabytes.
+
+    tokenizers 0.23 has no public name for it; where this one is gone, the memory is taken as before.
+    """
+    model = json.loads(tokenizer.to_str())["model"]
+    resize = getattr(tokenizer.model, "_resize_cache", None)
+    if model.get("merges") == [] and resize is not None:
+        resize(0)
 
 
 def split_text(text: str) -> Iterable[str]:

@@ -30,6 +30,11 @@ class TextStream:
         """The last tokens, as far as the text of the next one depends on them."""
         return list(self._ids)
 
+    @property
+    def pending(self) -> bool:
+        """Whether the last tokens end within a character, which no push has given out."""
+        return len(self._ids) > self._shown
+
     def push(self, token: int) -> str:
         """The text that this token completes."""
         self._ids.append(token)

@@ -63,7 +63,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, into a fresh optimizer of the same model.
+    """The inverse of `optimizer_tensors`, into a fresh optimizer of the same model; no tensors are those of no step taken.
 
     Raises ValueError if the tensors are not those of this model.
     """
@@ -73,7 +73,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         kind, _, name = key.partition("/")
         states.setdefault(name, {})[kind] = value
     trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    if set(states) != trainable:
+    if states and set(states) != trainable:
         odd = sorted(set(states) ^ trainable)
         raise ValueError(
             f"an optimizer's state must cover the model's parameters, but differs in {', '.join(odd[:4])}"

@@ -152,6 +152,29 @@ class Trainer:
             self._draw()
         return Outcome(self.step, stopped, loss, validation)
 
+    def replan(self, config: TrainConfig) -> None:
+        """Go on to another end: `config` may differ in `steps`, `decay_fraction` and bookkeeping, as a plateau may fall
+        sooner or later.
+
+        Raises ValueError if the rate of a step that was taken would have been another one, or another field differs.
+        """
+        length = ("steps", "decay_fraction")
+        old, new = ({k: v for k, v in c.trajectory().items() if k not in length} for c in (self.config, config))
+        differing = [name for name in old if old[name] != new[name]]
+        if differing:
+            raise ValueError(
+                f"a run that goes on to another end stays what it was, but {differing[0]} was {old[differing[0]]!r} and is "
+                f"{new[differing[0]]!r}; change {', '.join(length)} alone."
+            )
+        for step in range(self.step):
+            if configured_rate(config, step) != configured_rate(self.config, step):
+                raise ValueError(
+                    f"a run that goes on to another end keeps the rates that it has had, but step {step} had "
+                    f"{configured_rate(self.config, step):g}, not {configured_rate(config, step):g}; let the fall begin at "
+                    f"step {self.step} or later."
+                )
+        self.config = config
+
     def _take_step(self) -> float:
         began = time.perf_counter()
         rate = configured_rate(self.config, self.step)
@@ -228,8 +251,11 @@ class Trainer:
     def _restore(self, place: Path) -> None:
         card = checkpoint.read_card(place)
         self.step = self.saved_step = card.step
+        held = saver.stored_tensors(place)
         tensors = empty_optimizer_tensors(self.model) | checkpoint.random_state() | {"watch": self.watch.tensor()}
-        carried = empty_carried(saver.stored_tensors(place), self.data.numbers())
+        # Where no step was taken yet there are no averages, and a run on a CPU left no generator of a GPU.
+        tensors = {name: v for name, v in tensors.items() if name in held}
+        carried = empty_carried(held, self.data.numbers())
         saver.restore(place, tensors | carried, self.ranks, self.model)
         self.carried = unpack_carried(carried, self.device)
         self.watch.restore(tensors.pop("watch"))

@@ -375,7 +375,7 @@ def test_the_state_is_as_large_after_many_tokens_as_after_a_few():
 
 @pytest.mark.slow
 def test_the_demonstration_runs_and_runs_again(tmp_path):
-    command = [sys.executable, "-m", "mamba3.cli", "demo", "--seconds", "5"]
+    command = [sys.executable, "-m", "mamba3.cli", "demo-train", "--seconds", "5"]
     for expected in ("a new run", "going on after step"):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

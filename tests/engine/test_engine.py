@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba3.engine import LLM, Engine, EngineConfig, QueueFull, Request, SamplingParams
+from mamba3.engine.pages import Pages
 from mamba3.engine.runner import Runner
 from mamba3.engine.sequence import Sequence
 from mamba3.engine.state_pool import StatePool
-from mamba3.nn.attention import AttentionState, whole_pages
+from mamba3.nn.cache import AttentionState, whole_pages
+from mamba3.ops import State
 from mamba3.text.encode import encode
 from mamba3.train.tokenizer import byte_tokenizer, train_bpe
 from tests.engine.cases import Arrival, arrivals, configs, greedy, model, play, prompts
@@ -110,7 +112,7 @@ def test_continuations_of_one_prompt_differ_and_the_prompt_is_read_once():
 @given(data=st.data())
 def test_what_a_freed_row_held_reaches_nobody(kind, data):
     """Freed rows are filled with NaN: were an element of one read before it is written, tokens or states would show it."""
-    free, script = StatePool._zero, data.draw(arrivals(LENGTHS))
+    free, release, script = StatePool._zero, Pages._release, data.draw(arrivals(LENGTHS))
 
     def poison(self, row):
         free(self, row)
@@ -119,8 +121,13 @@ def test_what_a_freed_row_held_reaches_nobody(kind, data):
                 if isinstance(v, torch.Tensor) and v.is_floating_point():
                     v[row] = math.nan
 
+    def poison_page(self, page):
+        release(self, page)
+        self.kv[:, :, page] = math.nan
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StatePool, "_zero", poison)
+        patch.setattr(Pages, "_release", poison_page)
         check_greedy(model(kind), data.draw(configs()), script)
 
 
@@ -128,15 +135,16 @@ def test_what_a_freed_row_held_reaches_nobody(kind, data):
 def test_freed_rows_are_zeros(kind):
     engine = Engine(model(kind), EngineConfig(rows=3))
     play(engine, [Arrival(i, [1, 2, 3 + i], SamplingParams(max_tokens=3 + i)) for i in range(5)])
-    every = engine.pool.view(3)
-    assert not any(bool(v.any()) for layer in every.layers for v in layer if isinstance(v, torch.Tensor))
-    assert not every.tokens.any()
+    pool = engine.pool
+    states = [layer for layer in pool.view(3).layers if isinstance(layer, State)]
+    assert states and not any(bool(v.any()) for state in states for v in state.tensors().values())
+    assert not pool.view(3).tokens.any() and not pool._table.any()
 
 
 def test_the_last_used_row_moves_into_a_freed_one():
     lm = model("hybrid")
     states = [lm.prefill(torch.tensor([range(1 + n, 6 + 2 * n)]))[1] for n in range(3)]
-    pool = StatePool(lm, 3, 100)
+    pool = StatePool(lm, 3, 100, Pages(lm, 9))
     assert [pool.add(state) for state in states] == [0, 1, 2]
     assert pool.free(0) == 2 and pool.used == 2
     for row, state in enumerate((states[2], states[1])):
@@ -188,9 +196,37 @@ def test_the_queue_is_bounded():
     engine = Engine(model(), EngineConfig(rows=1, queue=2))
     for i in range(2):
         engine.add(Request(id=str(i), tokens=[1]))
-    with pytest.raises(QueueFull, match="2 requests wait"):
+    with pytest.raises(QueueFull, match="2 requests of yours wait"):
         engine.add(Request(id="2", tokens=[1]))
-    assert "2" not in engine and not engine.has_room
+    assert "2" not in engine and not engine.has_room()
+
+
+def test_nobody_can_fill_the_queue_of_another():
+    """Each owner waits in a queue of its own, however many continuations the others ask for."""
+    engine = Engine(model(), EngineConfig(rows=1, queue=4))
+    engine.add(Request(id="many", tokens=[1], params=SamplingParams(max_tokens=9, n=30), owner="many"))
+    engine.step()
+    assert engine.scheduler.waiting == 29 and not engine.has_room("many") and engine.has_room("one")
+    with pytest.raises(QueueFull, match="29 requests of yours wait"):
+        engine.add(Request(id="more", tokens=[1], owner="many"))
+    engine.add(Request(id="one", tokens=[2], params=SamplingParams(max_tokens=2), owner="one"))
+    ended = []
+    while engine.busy:
+        ended += [output.request_id for output in engine.step() if output.finish is not None]
+    assert ended.index("one") == 2 and engine.scheduler.waiting == 0  # after the one that ran and the one that was next
+
+
+def test_users_of_one_owner_take_turns_within_its_turn():
+    """An owner with many users is served no more often than one with none."""
+    engine = Engine(model(), EngineConfig(rows=1, queue=20))
+    for i in range(6):
+        params = SamplingParams(max_tokens=2)
+        engine.add(Request(id=f"user{i % 3} {i}", tokens=[i + 1], params=params, owner="many", user=f"u{i % 3}"))
+        engine.add(Request(id=f"one {i}", tokens=[i + 1], params=params, owner="one"))
+    order = []
+    while engine.busy:
+        order += [output.request_id.split()[0] for output in engine.step() if output.finish is not None]
+    assert order[1::2] == ["one"] * 6 and order[::2] == ["user0", "user1", "user2"] * 2
 
 
 def test_an_aborted_request_frees_its_row_at_once():
@@ -341,7 +377,8 @@ def test_a_prompt_may_only_be_read():
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     for _ in range(2):
         (result,) = llm.generate([[1, 2, 3, 4]], params)
-        assert result.completions[0].tokens == [] and len(result.prompt_logprobs) == 4
+        (several,) = llm.generate([[1, 2, 3, 4]], replace(params, n=3))
+        assert result.completions[0].tokens == [] and len(result.prompt_logprobs) == len(several.prompt_logprobs) == 4
         assert result.completions[0].finish_reason == "length"
 
 

@@ -8,7 +8,7 @@ from transformers import TextIteratorStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from mamba3.hf import Mamba3LMCache
-from mamba3.nn.attention import AttentionState, whole_pages
+from mamba3.nn.cache import AttentionState, whole_pages
 from tests.hf.cases import EVERY_SETTING, KINDS, left_padded, pair, tokens
 
 SETTINGS = [*((kind, {}) for kind in KINDS), ("siso", EVERY_SETTING)]

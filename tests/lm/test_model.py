@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mamba3 import LMState, Mamba3Config, Mamba3LM, preset
-from mamba3.ops import state_file
+from mamba3.ops import State, state_file
 from tests.ops.cases import distance
 
 TINY = {"vocab_size": 50, "d_model": 16, "d_state": 8, "headdim": 8, "d_intermediate": 20}
@@ -42,6 +42,37 @@ def test_published_sizes_to_the_digit(name, count):
 def test_sizes_of_the_paper(name, millions):
     with torch.device("meta"):
         assert Mamba3LM(preset(name)).num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "convolution, RoPE"])
+@pytest.mark.parametrize("live", [0, 2, 3])
+def test_a_step_leaves_padding_alone(kind, live):
+    """Sequences from `live` on: their state stays, and the others' is what it is without them."""
+    model = tiny(kind) if kind in KINDS else tiny(d_conv=3, rotation="standard")
+    ids = torch.randint(0, 50, (3, 9))
+    with torch.no_grad():
+        _, before = model.prefill(ids[:, :8])
+        _, expected = model.step(ids[:, 8], before.clone())
+        _, state = model.step(ids[:, 8], before.clone(), torch.tensor([live], dtype=torch.int32))
+        after = model.step(ids[:, 8], state.clone())[0][live:]
+        assert torch.equal(after, model.step(ids[:, 8], before.clone())[0][live:])
+    assert state.tokens.tolist() == [9] * live + [8] * (3 - live)
+    rows = torch.arange(3) < live
+    for mine, moved, stays in zip(state.layers, expected.layers, before.layers, strict=True):
+        if isinstance(mine, State):
+            for a, b, c in zip(mine, moved, stays, strict=True):
+                assert a is None or (torch.equal(a[rows], b[rows]) and torch.equal(a[~rows], c[~rows]))
+        else:
+            assert torch.equal(mine.length, torch.where(rows, moved.length, stays.length))
+
+
+@torch.no_grad()
+def test_a_row_is_the_state_of_its_sequence_in_the_same_memory():
+    model, ids = tiny("hybrid"), torch.randint(0, 50, (3, 9))
+    _, state = model.prefill(ids)
+    row, copy = state.row(1), state.select([1])
+    assert torch.equal(model.step(ids[1, :1], row)[0], model.step(ids[1, :1], copy)[0])
+    assert state.tokens.tolist() == [9, 10, 9] and state.layers[0].S.data_ptr() < row.layers[0].S.data_ptr()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mamba3.nn import Attention
+from mamba3.nn import Attention, AttentionState, PagedState
+from mamba3.nn.cache import PAGE
 from tests.ops.cases import distance
 
 
@@ -77,3 +78,39 @@ def test_sizes_that_do_not_fit():
         Attention(16, 5)
     with pytest.raises(ValueError, match="d_model = 16"):
         Attention(16, 4)(torch.zeros(1, 2, 8))
+
+
+@torch.no_grad()
+def test_pages_that_lie_anywhere_are_a_cache():
+    """Steps and a verification, to the bit; pages of nobody and places behind the tokens are finite, all others NaN."""
+    module, lengths = Attention(16, 4, 2, dtype=torch.float32), torch.tensor([3, 64, 150])
+    u = torch.randn(3, 150, 16)
+    _, whole = module.prefill(u)
+    cache = AttentionState(whole.k, whole.v, lengths.clone(), 150).grow(3 * PAGE)
+    table = torch.tensor([[7, 0, 0], [2, 9, 0], [4, 1, 8]])
+    k, v = (torch.full((11, PAGE, 2, 4), torch.nan) for _ in range(2))
+    for pages, source in ((k, cache.k), (v, cache.v)):
+        pages[[0, 9]] = torch.randn(2, PAGE, 2, 4)
+        for row, used in enumerate((1, 1, 3)):
+            for i in range(used):
+                pages[table[row, i]] = source[row, i * PAGE : (i + 1) * PAGE]
+    paged = PagedState(k, v, table, lengths.clone(), 150)
+    for _ in range(3):
+        token = torch.randn(3, 16)
+        expected, cache = module.step(token, cache)
+        y, paged = module.step(token, paged)
+        assert torch.equal(y, expected) and torch.equal(paged.length, cache.length)
+    tokens = torch.randn(3, 5, 16)
+    expected, _ = module.verify(tokens, cache)
+    y, _ = module.verify(tokens, paged)
+    assert torch.equal(y, expected) and paged.length.tolist() == [6, 67, 153]
+    with pytest.raises(ValueError, match="The table has room for 192 tokens, and 193 are needed"):
+        paged.grow(193)
+
+
+def test_pages_record_no_gradient():
+    module = Attention(16, 4, 2)
+    pages = torch.zeros(2, PAGE, 2, 4)
+    paged = PagedState(pages, pages.clone(), torch.tensor([[1]]), torch.tensor([0]), 0)
+    with pytest.raises(ValueError, match="changed in place"):
+        module.step(torch.randn(1, 16), paged)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mamba3 import Mamba3
-from mamba3.nn.linear import one_row, outputs_from, project
+from mamba3.nn.linear import few_rows, outputs_from, project
 from tests.ops.cases import distance
 
 
@@ -37,7 +37,7 @@ def wrapped(linear):
 def test_one_row_of_bfloat16_is_no_less_exact_than_the_layer(shape):
     linear, u = nn.Linear(40, 300, bias=False, dtype=torch.bfloat16), torch.randn(shape, dtype=torch.bfloat16)
     truth = u.double() @ linear.weight.double().T
-    assert one_row(u, linear.weight) is not None
+    assert few_rows(u, linear.weight) is not None
     assert project(linear, u).shape == linear(u).shape
     assert distance(project(linear, u), truth) <= 1.01 * distance(linear(u), truth)
 
@@ -51,7 +51,7 @@ def test_one_row_compiles_to_one_node():
 
 def test_one_row_is_left_to_the_layer_where_a_gradient_runs():
     linear = nn.Linear(40, 3, dtype=torch.bfloat16)
-    assert one_row(torch.randn(1, 40, dtype=torch.bfloat16), linear.weight) is None
+    assert few_rows(torch.randn(1, 40, dtype=torch.bfloat16), linear.weight) is None
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -3,6 +3,8 @@
 The yardstick is the chunked path's own error in the same dtype: a kernel may have twice that.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -202,6 +204,20 @@ def test_an_angle_that_does_not_turn_stays_as_it_is_to_the_bit(rank):
     before = state.phi.clone()
     layer._decode(row, state)
     assert torch.equal(state.phi, before)
+
+
+@pytest.mark.parametrize("settings", ["siso", "mimo, softplus, groups"])
+@pytest.mark.parametrize("live", [0, 1, 2, 3])
+def test_sequences_of_padding_are_neither_read_nor_written(settings, live):
+    """What they hold is NaN before and after; the others get the bits that they get alone."""
+    layer, state = layer_and_state(LAYERS[settings])
+    row, expected = layer.in_proj(torch.randn(3, layer.d_model, device=DEVICE)), state.clone()
+    y_expected = layer._decode(row, expected)
+    padded = state.clone().map(lambda v: v.index_fill_(0, torch.arange(live, 3, device=DEVICE), math.nan))
+    y = layer._decode(row, padded, torch.tensor([live], dtype=torch.int32, device=DEVICE))
+    assert torch.equal(y[:live], y_expected[:live]) and not y[live:].any()
+    for mine, theirs in zip(padded[:4], expected[:4], strict=True):
+        assert torch.equal(mine[:live], theirs[:live]) and mine[live:].isnan().all()
 
 
 def test_decode_refuses_a_state_of_another_layer():

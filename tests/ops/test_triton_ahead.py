@@ -24,10 +24,10 @@ FLOATS = {
     "d_mimo_x", "d_mimo_z", "d_mimo_o", "d_theta", "d_tick", "dB_bias", "dC_bias", "d_halo", "d_dt", "d_A", "d_lam",
     "S_final",
 }  # fmt: skip
-INTEGERS = {"chunks", "segments", "sequences", "sequence_segments", "phase", "turned"}
+INTEGERS = {"live", "chunks", "segments", "sequences", "sequence_segments", "phase", "turned"}
 TURN = {"fp32": "i32", "bf16": "i16"}
 SCALARS = {"eps": "fp32", "has_state": "i32"}
-NUMBERS = {"T", "x_row", "z_row", "bc_row", "rest_row", "row_size", "k_first", "c_first", "t_first", "Tw"}
+NUMBERS = {"T", "O", "x_row", "z_row", "bc_row", "rest_row", "row_size", "k_first", "c_first", "t_first", "Tw"}
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_every_kernel_compiles(target):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     used = json.loads(done.stdout.splitlines()[-1])
-    assert len(used) == 33
+    assert len(used) == 35
     too_much = {name: shared for name, shared in used.items() if shared > TARGETS[target]}
     assert not too_much
 
@@ -56,6 +56,7 @@ def compile_all(name: str) -> dict[str, int]:
         coefficients,
         decode,
         decode_ranks,
+        few_rows,
         gradient_bc,
         gradient_dt,
         gradient_rows,
@@ -129,11 +130,11 @@ def compile_all(name: str) -> dict[str, int]:
             for reverse in (False, True):
                 flags = back | dict(REVERSE=reverse, STAGES=chosen.stages)
                 used[f"states {reverse} {label}"] = shared(states.states_kernel, flags, WARPS, kind)
-            parts = dict(AB=chosen.pairs, PARTS=32 // chosen.pairs, UB=chosen.rest, HEADS=64, LEAVING=True)
-            flags = back | parts | dict(STAGES=chosen.stages_bc)
-            used[f"gradient_bc {label}"] = shared(gradient_bc.gradient_bc_kernel, flags, chosen.warps, kind)
+            flags = back | dict(UB=chosen.channels, HEADS=64, LEAVING=True, STAGES=chosen.stages_bc)
+            used[f"gradient_bc {label}"] = shared(gradient_bc.gradient_bc_kernel, flags, WARPS, kind)
         step = sizes | padded | dict(
             A_FLOOR=1e-4, HEAVY_TAIL=True, LAM=-1.0, HAS_BIAS_B=True, HAS_BIAS_C=True, HAS_D=True,
+            HAS_LIVE=True, AHEAD=capability >= (9, 0),
         )  # fmt: skip
         if rank == 1:
             used[f"decode {label}"] = shared(decode.decode_kernel, step | dict(NP=128), 2, kind)
@@ -144,7 +145,7 @@ def compile_all(name: str) -> dict[str, int]:
     small = dict(H=64, L=64, HB=16)
     used["coefficients"] = shared(coefficients.coefficients_kernel, small | dict(EXACT=True, BACKWARD=True), 4)
     used["phases"] = shared(turns.phases_kernel, dict(HA=2048, CB=64, BLOCK=32, HAS_PHI=True), 4)
-    flags = dict(H=64, L=64, HB=32, HAS_STATE=True, TURNS=True, HAS_TICK=True, PARTS=2, EXACT=False)
+    flags = dict(H=64, L=64, HB=32, HAS_STATE=True, TURNS=True, HAS_TICK=True, EXACT=False, HARDWARE=limits.nvidia)
     used["gradient_dt"] = shared(gradient_dt.gradient_dt_kernel, flags, 4)
     used["reverse merge"] = shared(states.reverse_merge_kernel, dict(H=64, PN=64 * 128, BLOCK=1024, HAS_FINAL=True), 4)
     merge = dict(H=64, R=4, P=64, PB=16, N=128, NP=128, HAS_STATE=True, HAS_MIMO_X=True)
@@ -154,6 +155,10 @@ def compile_all(name: str) -> dict[str, int]:
     used["swiglu"] = shared(block.swiglu_kernel, dict(N=4096, BLOCK=2048), 4)
     row = dict(H=64, HP=64, A=32, AP=32, N=128, NP=128, M=4, MP=4, A_FLOOR=1e-4, HEAVY_TAIL=True, LAM=-1.0)
     used["activations"] = shared(block.activations_kernel, row, 2)
+    rows = dict(K=4096, KP=4096, M=1, BO=8, NORM=False, HAS_ADD=False, GATED=False, AHEAD=capability >= (9, 0))
+    used["product"] = shared(few_rows.few_rows_kernel, rows, 4, narrow=("weight",))
+    rows |= dict(K=2048, KP=2048, M=2, BO=4, NORM=True, HAS_ADD=True, GATED=True)
+    used["normed product"] = shared(few_rows.few_rows_kernel, rows, 4, narrow=("weight",))
     return used
 
 

@@ -19,6 +19,7 @@ from tests.ops.test_triton import DEVICE, DTYPES, FLOOR, SHAPES, arguments, plac
 
 pytest.importorskip("triton")
 from mamba3.ops.triton import backward, library
+from mamba3.ops.triton.launch import Scratch
 from mamba3.ops.triton.windows import plan
 
 ON_GPU = torch.cuda.is_available()
@@ -116,7 +117,10 @@ def test_a_pack_with_states_cut_into_segments_and_windows(monkeypatch):
     values = place(inputs(s, dtype=torch.float32))
     state, boundaries = random_state(s, batch=5, dtype=torch.float32).to(DEVICE), [0, 1, 2, 70, 149, 150]
     whole = assert_within_twice_the_chunked_error(values, state, boundaries)
-    monkeypatch.setattr(backward, "_prepare", with_scratch(backward._prepare, 2 * s.h * s.p * s.n * 4))
+    size = (
+        s.h * s.p * s.n * 4
+    )  # a chunk's states; twice that are its rows, and 4 of them for long sequences are 1 chunk
+    monkeypatch.setattr(backward, "prepare", with_scratch(backward.prepare, Scratch(0, 3 * size, 4 * size)))
     cut = gradients(TRITON, values, state, boundaries)
     assert all(distance(cut[name], whole[name]) < 1e-5 for name in whole)
 
@@ -125,15 +129,18 @@ def with_scratch(prepare, scratch):
     return lambda *arguments: prepare(*arguments[:-1], scratch)
 
 
-def test_windows_cover_the_tokens_and_hold_no_more_than_they_may():
+@pytest.mark.parametrize("piece", [3, 100])
+def test_windows_and_their_pieces_cover_the_tokens_and_hold_no_more_than_they_may(piece):
     boundaries = (0, 1, 2, 70, 149, 150, 900)
-    made = plan(boundaries, 16, 4, 8, torch.device("cpu"))
-    assert [w.tokens[0] for w in made.windows] == [0] + [w.tokens[1] for w in made.windows[:-1]]
-    assert made.windows[-1].tokens[1] == 900
-    assert made.windows[-1].chunks[1] == made.chunks.shape[0]
+    made = plan(boundaries, 16, 4, 8, piece, torch.device("cpu"))
+    pieces = [p for w in made.windows for p in w.pieces]
+    for ranges in ([p.tokens for p in pieces], [p.chunks for p in pieces], [w.chunks for w in made.windows]):
+        assert [begin for begin, _ in ranges] == [0] + [end for _, end in ranges[:-1]]
+    assert pieces[-1].tokens[1] == 900
+    assert pieces[-1].chunks[1] == made.windows[-1].chunks[1] == made.chunks.shape[0]
     assert all(0 < w.chunks[1] - w.chunks[0] <= 8 for w in made.windows)
-    for w in made.windows:
-        assert made.chunks[w.chunks[0], 0] == w.tokens[0]
+    assert all(0 < p.chunks[1] - p.chunks[0] <= piece for p in pieces)
+    assert all(made.chunks[p.chunks[0], 0] == p.tokens[0] for p in pieces)
     assert all(boundaries[s] == begin and boundaries[s + 1] == end for _, end, begin, s, _ in made.chunks.tolist())
 
 
@@ -172,6 +179,25 @@ def test_the_op_is_one_that_torch_trusts():
     state = random_state(SMALL, dtype=torch.float32).to(DEVICE)
     inp, gate, state, _ = arguments({name: v.requires_grad_() for name, v in values.items()}, state)
     torch.library.opcheck(library.scan_op, (*inp, *gate[:3], *state[:4], None, False))
+
+
+def test_subclasses_of_tensors_see_one_op():
+    """They know an op's schema, and what it does without data; not what is inside it."""
+
+    seen = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    values = {name: v.requires_grad_() for name, v in place(inputs(SMALL, dtype=torch.float32)).items()}
+    y = ops.scan(**values, impl="triton").y
+    watched = ops.scan(**values | {"x_bthp": values["x_bthp"].as_subclass(Watched)}, impl="triton").y
+    assert torch.equal(watched.as_subclass(torch.Tensor), y)
+    assert "mamba3.scan.default" in seen
+    assert not any("empty" in name for name in seen)
 
 
 def test_twice_in_one_graph_and_recomputed_in_the_backward_pass():

@@ -1,5 +1,6 @@
 """The comparison: contestants of one size and one recurrence, the driver whole, stopped, gone on with and given back."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -35,7 +36,14 @@ def race(monkeypatch, tmp_path):
         for kind, rate, seed, final, found in cells:
             tokens = 40 if final else 8
             cell = compare.Cell(kind, rate, seed, tokens, final=final)
-            known[cell.name] = {"kind": kind, "rate": rate, "seed": seed, "tokens": tokens, "final": final} | found
+            known[cell.name] = {
+                "kind": kind,
+                "rate": rate,
+                "seed": seed,
+                "tokens": tokens,
+                "final": final,
+                "batch_tokens": 65_536,
+            } | found
         (tmp_path / "known.json").write_text(json.dumps({"cells": known}))
         fixed = ["--rates", "1e-3", "2e-3", "4e-3", "--sweep-tokens", "8", "--train-tokens", "40", "--device", "cpu"]
         fixed += ["--known", str(tmp_path / "known.json"), "--out", str(tmp_path / "out")]
@@ -147,18 +155,76 @@ def test_the_table_is_of_one_rate_and_marks_the_edge_of_the_grid(race):
     assert (edge["rate"], edge["seeds"], edge["val_loss"]["mean"], edge["edge"]) == (4e-3, 1, 7.0, True)
 
 
+def test_the_table_says_which_kernels_and_devices_its_figures_are_of(race):
+    facts = {"parameters": 1, "memory_bytes": {"32": 1}, "tokens_per_second": 1.0, "val_loss": 1.0}
+    facts |= {"test_perplexity": {"32": 1.0}}
+    where = ({"scan": "mamba3 triton", "device": "H100"}, {"scan": "mamba3 triton", "device": "H200"}, {})
+    cells = [("mamba3-siso", 2e-3, seed, True, facts | place) for seed, place in enumerate(where)]
+    (row,) = race(sweep("mamba3-siso", 3.0, 1.0, 2.0) + cells, "--kinds", "mamba3-siso").table()
+    assert row["scan"] == ["mamba3 triton", "not recorded"] and row["device"] == ["H100", "H200", "not recorded"]
+
+
+def test_what_is_compiled_is_forgotten_between_kinds_alone(race, contestants, monkeypatch, tmp_path):
+    forgotten = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: forgotten.append(True))
+    made = race([], "--quick", "--kinds", "transformer", "mamba3-siso", "--seeds", "1", "--device", "cpu")
+    made.open()
+    made.run()
+    kinds = [cell["kind"] for cell in made.cells.values()]
+    changes = sum(a != b for a, b in itertools.pairwise(kinds))
+    assert len(kinds) == 6 and len(forgotten) == changes == 3
+    assert {cell["scan"] for cell in made.cells.values()} == {"mamba3 chunked", "torch's scaled_dot_product_attention"}
+
+
+def relative(found, truth):
+    return ((found.float() - truth).norm() / truth.norm()).item()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["fla", "mamba_ssm"])
-def test_the_kernels_of_others_compute_mamba2(contestants, name):
+def test_the_kernels_of_others_compute_mamba2_and_its_gradient(contestants, name):
     pytest.importorskip(name)
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(False)  # these kernels are what they are
     x, dt, A = torch.randn(2, 512, 4, 64), torch.rand(2, 512, 4) * 0.1, -torch.rand(4) * 8
     B, C = torch.randn(2, 512, 128), torch.randn(2, 512, 128)
-    inputs = [v.cuda() for v in (x, dt, A, B, C)]
-    truth = contestants.SCANS["ours"](*inputs)
-    inputs[0], inputs[3], inputs[4] = (inputs[i].bfloat16() for i in (0, 3, 4))
-    found = contestants.SCANS[name](*inputs).float()
-    assert (found - truth).norm() / truth.norm() < 2e-2
+    exact = [v.cuda().requires_grad_() for v in (x, dt, A, B, C)]
+    truth, weight = contestants.SCANS["ours"](*exact), torch.randn(2, 512, 4, 64, device="cuda")
+    (truth * weight).sum().backward()
+    rounded = [v.detach().bfloat16() if i in (0, 3, 4) else v.detach() for i, v in enumerate(exact)]
+    rounded = [v.clone().requires_grad_() for v in rounded]
+    found = contestants.SCANS[name](*rounded)
+    (found.float() * weight).sum().backward()
+    assert relative(found, truth) < 2e-2
+    errors = {i: relative(v.grad, w.grad) for i, (v, w) in enumerate(zip(rounded, exact, strict=True))}
+    assert all(error < 3e-2 for error in errors.values()), errors
+
+
+@pytest.mark.gpu
+def test_the_kernels_of_gated_deltanet_compute_it_and_its_gradient():
+    """S_t = exp(g) S_{t-1};  S_t += beta (v - S_t k) k';  o = S_t q / sqrt(K): flash-linear-attention against this."""
+    ops = pytest.importorskip("fla.ops.gated_delta_rule")
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(False)
+    q, k = (torch.nn.functional.normalize(torch.randn(2, 192, 3, 128), dim=-1) for _ in range(2))
+    v, g, beta = torch.randn(2, 192, 3, 256), -torch.rand(2, 192, 3) * 0.3, torch.rand(2, 192, 3)
+    exact = [w.cuda().double().requires_grad_() for w in (q, k, v, g, beta)]
+    Q, K, V, G, W = exact
+    S, rows = torch.zeros(2, 3, 256, 128, dtype=torch.float64, device="cuda"), []
+    for t in range(192):
+        S = S * G[:, t, :, None, None].exp()
+        change = W[:, t, :, None] * (V[:, t] - torch.einsum("bhvk,bhk->bhv", S, K[:, t]))
+        S = S + change[..., None] * K[:, t, :, None]
+        rows.append(torch.einsum("bhvk,bhk->bhv", S, Q[:, t]) / 128**0.5)
+    truth, weight = torch.stack(rows, 1), torch.randn(2, 192, 3, 256, device="cuda", dtype=torch.float64)
+    (truth * weight).sum().backward()
+    rounded = [w.detach().float() if w is G else w.detach().bfloat16() for w in exact]
+    rounded = [w.clone().requires_grad_() for w in rounded]
+    found = ops.chunk_gated_delta_rule(*rounded[:3], rounded[3], rounded[4])[0]
+    (found.double() * weight).sum().backward()
+    errors = {name: relative(a.grad, b.grad.float()) for name, a, b in zip("qkvgb", rounded, exact, strict=True)}
+    errors["o"] = relative(found, truth.float())
+    assert all(error < 3e-2 for error in errors.values()), errors
 
 
 @pytest.mark.slow

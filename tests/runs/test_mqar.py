@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mamba3.tasks.layered import RECALL
+
 SCRIPT = Path(__file__).parents[2] / "runs" / "mqar.py"
 
 
@@ -18,11 +20,11 @@ def run(out: Path, *more: str) -> str:
 
 
 def test_stops_goes_on_and_skips_what_is_finished(tmp_path):
-    assert "stopped in" in run(tmp_path, "--minutes", "0")
-    assert "5 cells" in run(tmp_path)
+    assert "0 of 6 cells are finished" in run(tmp_path, "--minutes", "0")
+    assert "6 of 6 cells are finished" in run(tmp_path)
     rows = json.loads((tmp_path / "mqar.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == ["mamba3", "mamba3-conv", "hybrid", "hybrid-conv", "attention"]
-    assert all(0 <= row["accuracy"] <= 100 and len(row["runs"]) == 2 for row in rows)
-    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/checkpoint.safetensors")}
-    assert len(times) == 5 and "5 cells" in run(tmp_path)
+    assert [row["model"] for row in rows] == list(RECALL)
+    assert all(0 <= row["accuracy"] <= 100 and len(row["runs"]) == 2 and row["K"] == 4 for row in rows)
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/results.json")}
+    assert len(times) == 6 and "6 of 6 cells are finished" in run(tmp_path)
     assert times == {p: p.stat().st_mtime_ns for p in times}

@@ -12,6 +12,8 @@ import torch
 
 from mamba3 import Mamba3LM
 from mamba3.cli.models import load_model
+from mamba3.train.report import read_metrics
+from mamba3.train.store import Tokens
 
 RUNS = Path(__file__).parents[2] / "runs"
 
@@ -49,6 +51,35 @@ def test_a_run_in_parts_ships_what_it_measured(tmp_path):
     assert f"{result['test']['64']['perplexity']:.2f}" in card and f"{result['parameters']:,} parameters" in card
     model, _ = load_model(out / "model", None, "cpu", None)
     assert {p.dtype for name, p in model.named_parameters() if "weight" in name} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_a_fall_by_the_clock_ends_and_is_taken_back_to_be_extended(tmp_path):
+    out, ends = tmp_path / "ship", []
+    for more in ([], ["--extend"]):
+        said = call("ship.py", "--out", str(out), "--quick", "--plan-seconds", "8", *more)
+        plan = json.loads((out / "plan.json").read_text())
+        steps = [line for line in read_metrics(out / "run" / "metrics.jsonl") if line["kind"] == "step"]
+        assert "not all is done" not in said and steps[-1]["step"] == plan["steps"]
+        assert [line["lr"] for line in steps[2 : plan["start"]]] == [2e-3] * (plan["start"] - 2)
+        assert steps[-1]["lr"] == pytest.approx(2e-3 * 0.02)
+        ends.append((plan["start"], plan["steps"]))
+    assert ends[1][0] > ends[0][0]
+    result = json.loads((out / "model" / "result.json").read_text())
+    assert (result["step"], result["fall"]) == (ends[1][1], ends[1][1] - ends[1][0])
+
+
+def test_shards_are_chosen_with_their_documents(monkeypatch):
+    monkeypatch.syspath_prepend(str(RUNS))
+    import books
+
+    shards = [np.arange(10), np.arange(10, 16), np.arange(16, 30)]
+    tokens = Tokens(shards, np.array([0, 4, 10, 16, 21, 30]))
+    some = books.some_shards(tokens, 1, 3)
+    assert some.offsets.tolist() == [0, 6, 11, 20] and some.read(6, 5).tolist() == [16, 17, 18, 19, 20]
+    assert books.some_shards(tokens, 0, 9).offsets.tolist() == tokens.offsets.tolist()
+    with pytest.raises(SystemExit, match="none of the 3"):
+        books.some_shards(tokens, 3, 4)
 
 
 def test_shards_travel_in_several_journeys(tmp_path, monkeypatch):

@@ -37,6 +37,10 @@ def test_runs_whole_and_skips_what_is_finished(tmp_path):
     assert first["paper"] == 100.0 and len(first["runs"]) == 2
     assert first["best"]["12-12"] == max(run["scaled"]["12-12"] for run in first["runs"])
     assert (tmp_path / "table5b.png").read_bytes().startswith(b"\x89PNG")
+    figure = [sys.executable, str(SCRIPT.with_name("table5b_figure.py")), "table5b.json", "--out", "again.png"]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    subprocess.run(figure, cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "table5b.png").read_bytes()
     again = finish(start(tmp_path))
     assert "step" not in again  # nothing was trained
     assert json.loads((tmp_path / "table5b.json").read_text()) == table

@@ -22,10 +22,15 @@ __all__ = ["one_thread"]
 
 
 def lm():
-    """Untrained, and yet it does not merely repeat a byte."""
+    """Untrained, and yet it does not merely repeat a byte. It ends no text unless a bias asks it to."""
     model = tiny(vocab_size=257, tie_embeddings=False, dtype=torch.float32)
     with torch.no_grad():
-        model.lm_head.weight[256] = 0  # it seldom ends a text
+        model.lm_head.weight[256] = 0  # where only the weights are saved, it seldom does
+
+    def unending(_, inputs, logits):
+        return logits.index_fill(-1, torch.tensor([256]), -20.0)
+
+    model.lm_head.register_forward_hook(unending)
     return model
 
 

@@ -1,5 +1,6 @@
 """`mamba3 serve` and `mamba3 chat` as a person starts them."""
 
+import gc
 import io
 import json
 import os
@@ -124,3 +125,16 @@ def test_mistakes_are_one_red_line(capsys, folder, tmp_path, arguments, message)
     with pytest.raises(SystemExit) as exit:
         main(["serve", "--model", str(folder), *arguments])
     assert exit.value.code == 1 and message in capsys.readouterr().err
+
+
+def test_while_serving_the_collector_looks_past_what_was_there_before(folder, monkeypatch, capsys):
+    """Objects frozen while the server runs, and none after; the log says whether steps are graphs."""
+    from mamba3.serve import run
+
+    frozen = []
+    monkeypatch.setattr(run._Server, "run", lambda self: frozen.append(gc.get_freeze_count()))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["serve", "--model", str(folder), "--device", "cpu"])
+    assert frozen[0] > 10_000 and gc.get_freeze_count() == 0
+    facts = json.loads(capsys.readouterr().err.splitlines()[0])
+    assert facts["graphs"] == "none: CUDA graphs need a CUDA device, and the model is on cpu"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mamba3.engine import EngineConfig
-from mamba3.serve import ServeConfig
+from mamba3.serve import ServeConfig, app
+from mamba3.text.encode import encode
 from tests.serve.conftest import lm, served
 
 MODEL = "mamba3"
@@ -110,6 +111,27 @@ def test_log_probabilities_of_completions_and_echo(server):
     assert streamed[0] is None and streamed[1:] == pytest.approx(echoed.logprobs.token_logprobs[1:], abs=1e-5)
 
 
+@pytest.mark.parametrize("max_tokens", [0, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_choice_echoes_the_prompt_s_log_probabilities(server, max_tokens, stream):
+    settings = {"model": MODEL, "prompt": ["ab", "cde"], "logprobs": 1, "echo": True, "max_tokens": max_tokens}
+    alone = server.client().completions.create(**settings)
+    settings |= {"n": 3, "temperature": 1.5, "seed": 1}
+    found = [[] for _ in range(6)]
+    if stream:
+        for part in server.client().completions.create(**settings, stream=True):
+            for choice in part.choices:
+                found[choice.index] += choice.logprobs.token_logprobs if choice.logprobs else []
+    else:
+        for choice in server.client().completions.create(**settings).choices:
+            found[choice.index] = choice.logprobs.token_logprobs
+    for i, values in enumerate(found):
+        prompt = (2, 3)[i // 3]
+        expected = alone.choices[i // 3].logprobs.token_logprobs[:prompt]
+        assert len(values) == prompt + max_tokens and values[0] is None
+        assert values[1:prompt] == pytest.approx(expected[1:], abs=1e-5)
+
+
 def test_a_seed_is_the_same_alone_and_in_a_crowd(server):
     client = server.client()
 
@@ -202,6 +224,24 @@ def test_a_client_that_goes_away_frees_its_row(server):
     assert server.service.metrics.aborted._value.get() == aborted + 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_its_first_token_leaves_the_queue(stream):
+    """It is noticed while it waits, not when its turn comes."""
+    with served(engine=EngineConfig(rows=1, quantum=None)) as server:
+        client, scheduler = server.client(), server.service.engine.scheduler
+        with client.completions.create(model=MODEL, prompt="x", **LONG, stream=True) as running:
+            next(iter(running))
+            with pytest.raises(openai.APITimeoutError):
+                client.with_options(timeout=0.3).completions.create(
+                    model=MODEL, prompt="y", stream=stream, max_tokens=2
+                )
+            end = time.monotonic() + 20
+            while scheduler.waiting and time.monotonic() < end:
+                time.sleep(0.01)
+            assert scheduler.waiting == 0 and len(scheduler.running) == 1
+        assert server.idle() and server.service.metrics.aborted._value.get() == 2
+
+
 def test_metrics_health_and_the_status_page(server):
     server.client().completions.create(model=MODEL, prompt="x", max_tokens=3)
     status, _, raw = server.call("GET", "/metrics")
@@ -264,6 +304,24 @@ def test_a_full_queue_says_when_to_come_back():
         waits.join()
 
 
+def test_a_key_that_asks_for_much_fills_no_queue_but_its_own():
+    config = ServeConfig(api_keys=("alpha", "beta"))
+    with served(config=config, engine=EngineConfig(rows=1, queue=4)) as server:
+        alpha, beta = server.client("alpha"), server.client("beta")
+        with alpha.completions.create(model=MODEL, prompt="x", n=20, **LONG, stream=True) as stream:
+            next(iter(stream))
+            while server.service.engine.scheduler.waiting < 19:
+                time.sleep(0.01)
+            with pytest.raises(openai.RateLimitError):
+                alpha.completions.create(model=MODEL, prompt="x", extra_body={"user": "another"})
+            waits = threading.Thread(target=lambda: beta.completions.create(model=MODEL, prompt="x", max_tokens=1))
+            waits.start()
+            while server.service.engine.scheduler.waiting < 20:
+                assert waits.is_alive()
+                time.sleep(0.01)
+        waits.join()
+
+
 def test_a_step_that_fails_ends_its_requests_and_no_more(monkeypatch):
     with served() as server:
         step, failing = server.service.engine._runner.step, []
@@ -296,19 +354,34 @@ def test_an_engine_that_dies_leaves_nobody_waiting(monkeypatch):
         assert server.call("GET", "/health")[0] == 503
 
 
+def test_one_thread_encodes(server, monkeypatch):
+    """Each thread that encodes would come to hold a cache of its own; this one is there whatever the others are busy with."""
+    threads, go_on, store = set(), threading.Event(), server.service.sessions
+    monkeypatch.setattr(app, "encode", lambda *arguments: threads.add(threading.get_ident()) or encode(*arguments))
+    monkeypatch.setattr(store, "list", lambda owner: go_on.wait(30) and [])
+    lists = [threading.Thread(target=server.call, args=("GET", "/v1/sessions")) for _ in range(3)]
+    for thread in lists:
+        server.client().completions.create(model=MODEL, prompt="x", max_tokens=1)
+        thread.start()
+    go_on.set()
+    for thread in lists:
+        thread.join()
+    assert len(threads) == 1
+
+
 def test_logs_tell_no_prompts(server, caplog):
     with caplog.at_level("INFO", "mamba3.serve"):
         server.client().completions.create(model=MODEL, prompt="my secret", max_tokens=3)
-        for _ in range(200):  # the line comes after the answer
-            found = [r for r in caplog.records if r.name == "mamba3.serve.access"]
+        found = []
+        for _ in range(1000):  # a line comes after its answer, and so may that of another test's request
+            lines = [r for r in caplog.records if r.name == "mamba3.serve.access"]
+            found = [r for r in lines if r.facts.get("prompt_tokens") == 9]
             if found:
                 break
             time.sleep(0.02)
     (record,) = found
-    assert (
-        record.facts["prompt_tokens"] == 9 and record.facts["completion_tokens"] == 3 and record.facts["status"] == 200
-    )
-    assert "secret" not in str(vars(record))
+    assert record.facts["completion_tokens"] == 3 and record.facts["status"] == 200
+    assert not any("secret" in str(vars(line)) for line in lines)
 
 
 def test_numbers_are_finite(server):

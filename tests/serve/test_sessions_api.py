@@ -1,5 +1,6 @@
 """Sessions through HTTP: turns cost what is new, forks, rewinds, files; and the templates by which turns are joined."""
 
+import errno
 import threading
 
 import openai
@@ -8,6 +9,7 @@ import torch
 from tokenizers import AddedToken
 
 from mamba3.engine import SessionStore
+from mamba3.ops import state_file
 from mamba3.serve import PLAIN, ChatTemplate, ServeConfig
 from mamba3.train.tokenizer import byte_tokenizer
 from tests.serve.conftest import lm, served
@@ -88,9 +90,7 @@ def test_streams_are_turns_too_and_what_breaks_off_is_none(server):
     stream.close()
     assert server.idle()
     for _ in range(100):  # it is given back beside the event loop
-        if not server.service.sessions._resident[
-            next(k for k in server.service.sessions._resident if k[1] == "s")
-        ].busy:
+        if not server.service.sessions._in_use:
             break
         threading.Event().wait(0.05)
     info = server.call("GET", "/v1/sessions/s")[2]
@@ -108,6 +108,103 @@ def test_sessions_survive_a_restart(tmp_path):
         info = server.call("GET", "/v1/sessions/kept")[2]
         assert (info["turns"], info["tokens"], info["parked"]) == (1, 14, True)
         assert say(server, "kept", "?").usage.prompt_tokens_details.cached_tokens == 13
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_turn_that_cannot_be_written_is_an_error_and_no_turn(tmp_path, monkeypatch, stream):
+    """The disk is full: the client is told, and neither the session nor its file has the turn; then there is room again."""
+    model = lm()
+    with served(model=model, sessions=SessionStore(model, tmp_path)) as server:
+        server.call("POST", "/v1/sessions", {"id": "s"})
+        say(server, "s", "Hello")
+        before = server.call("GET", "/v1/sessions/s")[2]
+
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(state_file, "replace_file", full)
+            with pytest.raises(openai.APIError) as caught:
+                list(say(server, "s", "more", stream=stream))
+            status, headers, body = server.call("POST", "/v1/sessions", {"id": "t"})
+        assert caught.value.code == body["error"]["code"] == "session_not_saved"
+        assert status == 503 and "No space left on device" in body["error"]["message"] and headers["Retry-After"]
+        assert server.idle() and server.call("GET", "/v1/sessions/s")[2] == before
+        assert [info.tokens for info in SessionStore(model, tmp_path).list("")] == [before["tokens"]]
+        say(server, "s", "more")
+        assert server.call("GET", "/v1/sessions/s")[2]["turns"] == 2
+
+
+def test_a_session_is_in_use_until_its_file_is_written(tmp_path, monkeypatch):
+    """A client that leaves while the turn is being written frees the session when that is done, and not before."""
+    model, entered, go_on = lm(), threading.Event(), threading.Event()
+    with served(model=model, sessions=SessionStore(model, tmp_path)) as server:
+        server.call("POST", "/v1/sessions", {"id": "s"})
+        write = state_file.write
+
+        def slowly(*arguments, **settings):
+            entered.set()
+            assert go_on.wait(30)
+            write(*arguments, **settings)
+
+        monkeypatch.setattr(state_file, "write", slowly)
+        with pytest.raises(openai.APITimeoutError):
+            say(server, "s", "Hello", timeout=1.0)
+        assert entered.wait(30)
+        for _ in range(20):
+            assert server.call("POST", "/v1/sessions/s/rewind", {"turn": 0})[0] == 409
+        for path in ("/v1/sessions", "/status", "/metrics", "/v1/sessions/s"):  # nobody else waits for the file
+            assert server.call("GET", path, timeout=10)[0] == 200
+        go_on.set()
+        for _ in range(200):
+            if not server.service.sessions._in_use:
+                break
+            threading.Event().wait(0.02)
+        monkeypatch.undo()
+        (parked,) = SessionStore(model, tmp_path).list("")
+        assert parked.tokens == server.call("GET", "/v1/sessions/s")[2]["tokens"]
+        say(server, "s", "more")
+
+
+def test_a_parked_session_is_loaded_beside_everything_else(server, monkeypatch):
+    server.call("POST", "/v1/sessions", {"id": "slow"})
+    say(server, "slow", "Hello")
+    assert server.call("POST", "/v1/sessions/slow/park")[2]["parked"] is True
+    read, entered, go_on = state_file.read, threading.Event(), threading.Event()
+
+    def slowly(*arguments, **settings):
+        entered.set()
+        assert go_on.wait(30)
+        return read(*arguments, **settings)
+
+    monkeypatch.setattr(state_file, "read", slowly)
+    asks = threading.Thread(target=say, args=(server, "slow", "more"))
+    asks.start()
+    assert entered.wait(30)
+    try:
+        for path in ("/v1/sessions", "/status", "/metrics", "/v1/sessions/slow"):
+            assert server.call("GET", path, timeout=10)[0] == 200
+        assert server.client().completions.create(model=MODEL, prompt="x", max_tokens=2).usage.completion_tokens == 2
+    finally:
+        go_on.set()
+        asks.join()
+    assert server.call("GET", "/v1/sessions/slow")[2]["turns"] == 2
+
+
+def test_a_key_whose_conversations_fill_its_memory_is_told(tmp_path):
+    model, config = lm(), ServeConfig(api_keys=("alpha", "beta"))
+    with served(model=model, config=config, sessions=SessionStore(model, budget=40_000, owners=2)) as server:
+        for key in ("alpha", "beta"):
+            server.call("POST", "/v1/sessions", {"id": "s"}, key)
+        with pytest.raises(openai.RateLimitError) as caught:
+            for _ in range(20):
+                say(server, "s", "x" * 100, "alpha")
+        assert caught.value.code == "session_memory_full" and "--session-mib" in caught.value.message
+        for _ in range(2):
+            say(server, "s", "x" * 100, "beta")
+        assert server.call("POST", "/v1/sessions/s/rewind", {"turn": 1}, "alpha")[0] == 200
+        say(server, "s", "y", "alpha")
+        assert server.service.sessions.nbytes <= 40_000
 
 
 def test_the_sessions_of_one_key_are_not_another_s():

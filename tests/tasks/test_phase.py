@@ -65,6 +65,13 @@ def test_turns_by_token_are_those_of_the_traces():
             unit = torch.polar(torch.ones(()), turns[tokens == bit]).mean(0)
             torch.testing.assert_close(torch.polar(agreement[bit], mean[bit]), unit, rtol=1e-4, atol=1e-5)
         assert mean[0].isnan().all()  # padding was not there
+    halves = turns_by_token(model, tokens, (torch.arange(7) > 3).long().expand(2, -1))
+    for layer, (mean, _) in halves.items():  # two kinds of any making: the first four tokens and the others
+        phases = torch.stack([trace(model, row).phases[layer] for row in tokens])
+        turns = phases.diff(dim=1, prepend=torch.zeros_like(phases[:, :1]))
+        expected = torch.polar(torch.ones(()), turns[:, 4:]).mean((0, 1)).angle()
+        assert mean.shape[0] == 2
+        torch.testing.assert_close(mean[1], expected, rtol=1e-4, atol=1e-4)
     # The first layer sees the token alone, so each turns by one angle.
     assert (found[0][1][1:] > 0.9999).all() and (found[1][1][1:] < 0.9999).any()
 
@@ -77,11 +84,11 @@ def test_without_rotation_there_is_no_turning_pair():
 
 
 def test_the_shipped_model_is_right_on_fresh_bits():
-    """Sequences of exactly 512 tokens: no error in 100; every one turns its pair by half a turn to a fraction of a degree."""
-    batch, model = Parity().sample(100, 512, 512, torch.Generator().manual_seed(11)), shipped_parity()
+    """Sequences of exactly 2,048 tokens: no error in 25; every one turns its pair by half a turn, a zero by nothing."""
+    batch, model = Parity().sample(25, 2048, 2048, torch.Generator().manual_seed(11)), shipped_parity()
     with torch.no_grad():
         logits = model(batch.inputs)
     answers = logits[..., :3].argmax(-1).gather(1, batch.positions)
     assert answers.equal(batch.answers)
     pair = turning_pair(trace(model, Parity().encode(BITS)), Parity().encode(BITS) == 2)
-    assert pair is not None and abs(abs(pair.on_one) - math.pi) < math.radians(0.5) and abs(pair.on_zero) < 0.01
+    assert pair is not None and abs(abs(pair.on_one) - math.pi) < 1e-5 and abs(pair.on_zero) < 1e-5

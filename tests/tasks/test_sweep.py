@@ -12,7 +12,7 @@ from mamba3.tasks.captured import Captured
 from mamba3.tasks.entrants import Apart, Folded, Mapped
 from mamba3.tasks.fit import CHECKPOINT, training_batch
 from mamba3.tasks.models import model_config
-from mamba3.tasks.peers import Peer, why_not
+from mamba3.tasks.peers import peer
 from mamba3.tasks.plan import Member, Plan, draw_block, stage_groups
 from mamba3.tasks.settings import Settings
 from mamba3.tasks.stack import Stack
@@ -152,25 +152,15 @@ def test_a_diverged_model_stops_and_the_other_goes_on(tmp_path):
 
 
 def test_a_peer_trains_in_a_sweep(tmp_path):
-    """Mamba-2 of transformers, where that is installed: its layers, two seeds, a checkpoint and a saved model."""
-    pytest.importorskip("transformers")
+    """Mamba-2's layers, two seeds, a checkpoint and a saved model."""
     chosen = plan(("mamba2",), steps=2)
-    entrants = Apart(lambda: Peer("mamba2", 10, 16, 1, d_state=8, headdim=16), [0, 1])
+    entrants = Apart(lambda: peer("mamba2", 10, 16, 1, d_state=8, headdim=16), [0, 1])
     before = entrants.weights.clone()
     ours = Sweep(chosen, entrants, tmp_path, CPU, say=lambda text: None)
     results = ours.run()
     assert results is not None and json.loads((tmp_path / "results.json").read_text()) == results
     assert not before[0].equal(before[1]) and ours.training.losses.isfinite().all()
     assert not ours.training.weights.equal(before) and (tmp_path / "best-mamba2" / "model.safetensors").is_file()
-
-
-def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert why_not("gdn") == "fla is not installed (pip install 'mamba3[peers]')"
-    with pytest.raises(ValueError, match="cannot be built: fla is not installed"):
-        Peer("gdn", 3, 16, 1)
-    with pytest.raises(ValueError, match="a peer is one of gdn, mamba2"):
-        Peer("lstm", 3, 16, 1)
 
 
 @pytest.mark.gpu

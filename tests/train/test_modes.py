@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -11,7 +12,11 @@ import time
 import pytest
 import torch
 
+from mamba3.lm import Mamba3Config, Mamba3LM
+from mamba3.ops import triton as kernels
 from mamba3.train import TrainConfig, checkpoint, prepare
+from mamba3.train.objective import Objective
+from mamba3.train.packing import Batch
 from mamba3.train.report import read_metrics
 from mamba3.train.saver import Saver
 from tests.train.test_trainer import COMMAND, CONFIG, corpus, losses, shape, train, weights
@@ -173,3 +178,32 @@ def test_the_command_shows_its_recipes_and_what_it_would_run(tmp_path):
     values = json.loads(said.output)
     assert (values["steps"], values["lr"], values["schedule"], values["model"]["layers"]) == (9000, 1e-3, "wsd", 3)
     assert TrainConfig.from_dict({k: v for k, v in values.items() if k != "model"}).dtype == "bfloat16"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_models_gradients_by_the_kernels_are_as_near_as_the_chunked_ones(rank, monkeypatch):
+    """Under autocast, against float32: each parameter's error at most twice the chunked path's, or twice their middle."""
+    torch.use_deterministic_algorithms(False)
+    shape = Mamba3Config(
+        vocab_size=512, d_model=256, layers=("mamba3",) * 4, d_state=64, headdim=64, d_intermediate=256, mimo_rank=rank
+    )
+    model = Mamba3LM(shape, device="cuda")
+    ids = torch.randint(512, (4, 513), device="cuda")
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].flatten(), None)
+
+    def gradients(dtype, trains):
+        monkeypatch.setattr(kernels, "TRAINS", trains)
+        model.zero_grad()
+        Objective(model, dtype)(batch)[0].backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    truth = gradients(torch.float32, ())
+    errors = []
+    for trains in ((), (torch.bfloat16,)):
+        found = gradients(torch.bfloat16, trains)
+        errors.append({name: ((found[name] - v).norm() / v.norm()).item() for name, v in truth.items()})
+    chunked, ours = errors
+    middle = statistics.median(chunked.values())
+    worse = {name: (error, chunked[name]) for name, error in ours.items() if error > 2 * max(chunked[name], middle)}
+    assert not worse, worse

@@ -52,13 +52,13 @@ def losses(run):
     return [(line["kind"], line["step"], line["loss"]) for line in read_metrics(run / "metrics.jsonl")]
 
 
-def run_ways(corpus, out, ways, context, stop=None):
+def run_ways(corpus, out, ways, context, stop=None, device="cpu"):
     """Every way of training with the ranks of this process group, one after another."""
     for name, config in ways.items():
         shared = context if name.startswith("context") else 1
-        ranks = join(shared)
+        ranks = join(shared, device)
         config = dataclasses.replace(config, context_parallel=shared)
-        made = prepare(corpus, out / name, config, shape, ranks=ranks)
+        made = prepare(corpus, out / name, config, shape, ranks=ranks, device=device)
         made.run(lambda made=made: stop is not None and made.step >= stop)
 
 
@@ -76,10 +76,20 @@ def weights(run):
     return load_file(list_checkpoints(run)[-1] / "model.safetensors")
 
 
-def equal_to_rounding(ours, alone):
+def gpu_worker(rank, size, corpus, out, ways, context):
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    meet = f"file://{out}/meet-{size}"
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=meet, rank=rank, world_size=size)
+    run_ways(corpus, out, ways, context, device=device)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def equal_to_rounding(ours, alone, loss=2e-6):
     assert [line[:2] for line in losses(ours)] == [line[:2] for line in losses(alone)]
     for mine, its in zip(losses(ours), losses(alone), strict=True):
-        assert mine[2] == pytest.approx(its[2], rel=2e-6)
+        assert mine[2] == pytest.approx(its[2], rel=loss)
     truth = weights(alone)
     for name, value in weights(ours).items():
         # AdamW's step is the gradient's sign while its averages are young, whatever rounding did to a tiny gradient.
@@ -98,6 +108,20 @@ def check(tmp_path, size, ways, context):
 
 def test_two_processes_train_as_one(tmp_path):
     check(tmp_path, 2, WAYS, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one(tmp_path):
+    """NCCL between them."""
+    torch.use_deterministic_algorithms(False)  # the processes that are started do not have it either
+    corpus = write_corpus(tmp_path)
+    for folder in ("alone", "ours"):
+        (tmp_path / folder).mkdir()
+    run_ways(corpus, tmp_path / "alone", WAYS, 1, device="cuda")
+    mp.spawn(gpu_worker, args=(2, corpus, tmp_path / "ours", WAYS, 2), nprocs=2)
+    for name in WAYS:
+        equal_to_rounding(tmp_path / "ours" / name, tmp_path / "alone" / name, loss=1e-5)
 
 
 @pytest.mark.slow

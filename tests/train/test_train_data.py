@@ -1,7 +1,9 @@
 """Laws of the corpus, its split, the token store and the packing."""
 
 import json
+import os
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,3 +272,18 @@ def test_a_sample_is_always_the_same_distinct_targets(sizes, seq_len, batch_toke
 def test_documents_without_targets_are_refused():
     with pytest.raises(ValueError, match="at least one token"):
         Packing(Tokens([], np.zeros(1, np.int64)), seq_len=4, batch_tokens=4, seed=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_encoding_keeps_no_text_in_memory():
+    """A tokenizer of bytes: 4,000 texts, whose tokens tokenizers would keep in a cache of 10,000 for each thread (20 MB)."""
+    tokenizer, page = byte_tokenizer(), os.sysconf("SC_PAGE_SIZE")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    for i in range(4500):
+        if i == 500:
+            before = resident()
+        encode(tokenizer, [f"{i:07d}" * 30])
+    assert resident() - before < 4e6

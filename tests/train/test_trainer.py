@@ -223,6 +223,64 @@ def test_a_run_in_parts_is_bitwise_the_run_in_one_on_a_gpu(corpus, tmp_path, dty
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_a_run_goes_on_from_where_no_step_was_ever_taken(corpus, tmp_path, monkeypatch):
+    judge = trainer.Watch.judge
+
+    def refuse_five(self, loss, norm):
+        if self.not_finite < 5:
+            self.not_finite += 1
+            return "a test says so"
+        return judge(self, loss, norm)
+
+    monkeypatch.setattr(trainer.Watch, "judge", refuse_five)
+    train(corpus, tmp_path / "whole")
+    made, _ = train(corpus, tmp_path / "parts", stop_after=4)
+    assert not made.optimizer.state and made.watch.skipped == 4
+    assert train(corpus, tmp_path / "parts")[1].step == 12
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_run_that_began_on_a_cpu_goes_on_where_there_is_a_gpu(corpus, tmp_path, monkeypatch):
+    """Whose generator has a state too, which the checkpoint does not hold."""
+    train(corpus, tmp_path / "run", stop_after=4)
+    here = checkpoint.random_state
+    monkeypatch.setattr(
+        checkpoint, "random_state", lambda: here() | {"random/cuda": torch.zeros(16, dtype=torch.uint8)}
+    )
+    assert train(corpus, tmp_path / "run")[1].step == 12
+
+
+@pytest.mark.gpu
+def test_a_run_that_began_on_a_cpu_goes_on_on_a_gpu_and_back(corpus, tmp_path):
+    for device in ("cpu", "cuda", "cpu"):
+        made, _ = train(corpus, tmp_path / "run", stop_after=4, device=device)
+    assert made.step == 12 and all(math.isfinite(dict(line)["loss"]) for line in losses(tmp_path / "run"))
+
+
+def plateau(**changes) -> TrainConfig:
+    values = {"schedule": "wsd", "steps": 1000, "decay_fraction": 0.001, "min_lr_fraction": 0.07}
+    return TrainConfig(**{**CONFIG.to_dict(), **values, **changes})
+
+
+def test_a_plateau_that_falls_when_told_is_the_run_that_was_planned_so(corpus, tmp_path):
+    planned = plateau(steps=10, decay_fraction=0.4, eval_every=0)
+    train(corpus, tmp_path / "planned", planned)
+    made, _ = train(corpus, tmp_path / "told", plateau(eval_every=0), stop_after=6)
+    made.replan(planned)
+    assert made.run().step == 10
+    told = [line for line in losses(tmp_path / "told") if dict(line)["kind"] == "step"]
+    assert told == [line for line in losses(tmp_path / "planned") if dict(line)["kind"] == "step"]
+    assert weights(tmp_path / "told") == weights(tmp_path / "planned")
+
+
+def test_a_run_keeps_the_rates_it_has_had(corpus, tmp_path):
+    made, _ = train(corpus, tmp_path / "run", plateau(), stop_after=6)
+    with pytest.raises(ValueError, match=r"step 4 had 0\.005, not .*begin at step 6 or later"):
+        made.replan(plateau(steps=9, decay_fraction=5 / 9))
+    with pytest.raises(ValueError, match=r"weight_decay was 0\.1 and is 0\.2; change steps, decay_fraction alone"):
+        made.replan(plateau(weight_decay=0.2))
+
+
 @pytest.mark.parametrize("step", [0, 2, 6])
 def test_steps_beyond_the_last_checkpoint_are_done_again(corpus, tmp_path, monkeypatch, step):
     train(corpus, tmp_path / "whole")

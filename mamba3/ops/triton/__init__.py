@@ -9,7 +9,9 @@
     last_token     B and x of a sequence's last token, for the state
     decode         one token between the two projections of a layer, in one kernel; decode_ranks for more than one rank
 
-`channels` and `tiles` hold what several of them load and rotate.
+`channels` and `tiles` hold what several of them load and rotate; `tables` and `windows` which tokens each program works on,
+`launch` how large its tiles are. What the backward pass's launches share is `call`; what states before and after a sequence
+add to it, `ends`.
 
 Importing this package does not import triton; `why_not` says whether it can be used.
 """
@@ -24,9 +26,8 @@ import torch
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Dtypes in which impl="auto" takes the kernels while gradients are recorded; impl="triton" runs the backward pass in all.
-# None yet: this version of the backward kernels has not been run on a device, where an assembler has miscompiled one before.
 # float32 has no tensor cores and takes more than a minute to compile at N 128.
-TRAINS: tuple[torch.dtype, ...] = ()
+TRAINS: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -79,13 +79,20 @@ def rotation(
 def _piece(
     v, bias, i_h, i_g, i_t, end, first, n: tl.constexpr, G: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HAS_BIAS: tl.constexpr, BULK: tl.constexpr,
+    ONCE: tl.constexpr,
 ):  # fmt: skip
-    """n channels of v [t, r, g, n] from `first` on plus bias [h, r, n], as [l, r, W] in float32."""
+    """n channels of v [t, r, g, n] from `first` on plus bias [h, r, n], as [l, r, W] in float32.
+
+    ONCE: not in a loop. The bias is then loaded for each token, from the cache; spread over tokens it takes barriers.
+    """
     o_l, o_r, o_n = tl.arange(0, L)[:, None, None], tl.arange(0, RP)[None, :, None], tl.arange(0, W)[None, None, :]
     m_rn = (o_r < R) & (o_n < n)
     # The bias comes first because the compiler lets the last load choose how threads share the sum.
     if HAS_BIAS:
-        b_bias = tl.load(bias + i_h * (R * N) + first + (o_r * N + o_n), mask=m_rn, other=0.0)
+        p_bias = o_r * N + o_n
+        if ONCE and RP > 1:
+            p_bias = tl.broadcast_to(p_bias, (L, RP, W))
+        b_bias = tl.load(bias + i_h * (R * N) + first + p_bias, mask=m_rn, other=0.0)
     if BULK:
         b_v = tl.reshape(v.load([i_t * R, i_g * N + first]), (L, RP, W))
     else:
@@ -101,17 +108,19 @@ def _piece(
 def rotated_rows(
     v, bias, b_cos, b_sin, i_h, i_g, i_t, end, G: tl.constexpr, N: tl.constexpr, A: tl.constexpr, W: tl.constexpr,
     NQ: tl.constexpr, L: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HAS_BIAS: tl.constexpr, BULK: tl.constexpr,
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, ONCE: tl.constexpr = False,
 ):  # fmt: skip
-    """B or C of a chunk, with bias and rotated: rows (token, rank), rank fastest, of NQ columns in DTYPE."""
+    """B or C of a chunk, with bias and rotated: rows (token, rank), rank fastest, of NQ columns in DTYPE.
+
+    ONCE: as `_piece` has it."""
     U: tl.constexpr = N - 2 * A
     if A > 0:
-        b_1 = _piece(v, bias, i_h, i_g, i_t, end, 0, A, G, N, W, L, R, RP, HAS_BIAS, BULK)
-        b_2 = _piece(v, bias, i_h, i_g, i_t, end, A, A, G, N, W, L, R, RP, HAS_BIAS, BULK)
+        b_1 = _piece(v, bias, i_h, i_g, i_t, end, 0, A, G, N, W, L, R, RP, HAS_BIAS, BULK, ONCE)
+        b_2 = _piece(v, bias, i_h, i_g, i_t, end, A, A, G, N, W, L, R, RP, HAS_BIAS, BULK, ONCE)
         b_pair = tl.join((b_1 * b_cos - b_2 * b_sin).to(DTYPE), (b_1 * b_sin + b_2 * b_cos).to(DTYPE))  # [l, r, w, 2]
     if U > 0:
-        b_3 = _piece(v, bias, i_h, i_g, i_t, end, 2 * A, U, G, N, W, L, R, RP, HAS_BIAS, BULK)
-        b_4 = _piece(v, bias, i_h, i_g, i_t, end, 2 * A + W, U - W, G, N, W, L, R, RP, HAS_BIAS, BULK)
+        b_3 = _piece(v, bias, i_h, i_g, i_t, end, 2 * A, U, G, N, W, L, R, RP, HAS_BIAS, BULK, ONCE)
+        b_4 = _piece(v, bias, i_h, i_g, i_t, end, 2 * A + W, U - W, G, N, W, L, R, RP, HAS_BIAS, BULK, ONCE)
         b_rest = tl.join(b_3.to(DTYPE), b_4.to(DTYPE))
     if A > 0 and U > 0:
         b_v = tl.permute(tl.join(b_pair, b_rest), (0, 1, 4, 3, 2))  # [l, r, pair or rest, which of two, w]
@@ -120,6 +129,27 @@ def rotated_rows(
     else:
         b_v = tl.permute(b_rest, (0, 1, 3, 2))
     return tl.reshape(b_v, (L * RP, NQ))
+
+
+@triton.jit
+def turned_back(
+    b_v, b_cos, b_sin, v, bias, i_h, i_g, i_t, end, G: tl.constexpr, N: tl.constexpr, A: tl.constexpr, W: tl.constexpr,
+    L: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """The gradient b_v [l r, NQ] of `rotated_rows` of v, in float32, turned back by cos, sin [l, 1, W]; and what it says of
+    the angles, dv_2 v_1 - dv_1 v_2 of each pair [l, r, W]."""
+    U: tl.constexpr = N - 2 * A
+    if U > 0:
+        b_pair, b_rest = tl.split(tl.permute(tl.reshape(b_v, (L, RP, 2, 2, W)), (0, 1, 4, 3, 2)))  # [l, r, w, which]
+    else:
+        b_pair = tl.permute(tl.reshape(b_v, (L, RP, 2, W)), (0, 1, 3, 2))
+    b_1, b_2 = tl.split(b_pair)
+    b_back1, b_back2 = b_1 * b_cos + b_2 * b_sin, b_2 * b_cos - b_1 * b_sin
+    b_back = tl.join(b_back1, b_back2)
+    b_back = tl.permute(tl.join(b_back, b_rest), (0, 1, 4, 3, 2)) if U > 0 else tl.permute(b_back, (0, 1, 3, 2))
+    b_own1 = _piece(v, bias, i_h, i_g, i_t, end, 0, A, G, N, W, L, R, RP, HAS_BIAS, False, True)
+    b_own2 = _piece(v, bias, i_h, i_g, i_t, end, A, A, G, N, W, L, R, RP, HAS_BIAS, False, True)
+    return tl.reshape(b_back, b_v.shape), b_back2 * b_own1 - b_back1 * b_own2
 
 
 @triton.jit

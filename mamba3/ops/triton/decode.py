@@ -5,6 +5,9 @@ Activations (softplus, decay, sigmoid, pi tanh), RMSNorm of B and C, biases, ang
 and contraction over ranks (mathematics.md, sections 1 to 4 and 6). The state is read and written once, in place: a step's
 time is that of moving it. A state kept in 16 bits is rounded stochastically: the bits that decide are a hash of the value
 that is rounded, so that the expected value is kept, equal inputs give equal bits, and a CUDA graph needs no seed.
+
+Beside `few_rows` the state is asked for before the kernel in front has ended (programmatic dependent launch); of that one the
+step needs the row alone.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
 from mamba3.ops.triton.decode_ranks import decode_ranks_kernel
-from mamba3.ops.triton.decode_token import EPS, activations, moved_angle, narrow, sigmoid
-from mamba3.ops.triton.launch import padded, power_of_2
+from mamba3.ops.triton.decode_token import EPS, activations, moved_angle, narrow, padding, sigmoid
+from mamba3.ops.triton.few_rows import MOST_ROWS
+from mamba3.ops.triton.launch import device_limits, padded, power_of_2
 from mamba3.ops.types import State
 
 
@@ -55,13 +60,17 @@ def _vector(
 
 @triton.jit
 def decode_kernel(
-    row, dt_bias, B_weight, C_weight, B_bias, C_bias, D, phi, S, B_prev, x_prev, y, row_size,
+    row, dt_bias, B_weight, C_weight, B_bias, C_bias, D, phi, S, B_prev, x_prev, y, live, row_size,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     A: tl.constexpr, AP: tl.constexpr, UP: tl.constexpr, A_FLOOR: tl.constexpr, HEAVY_TAIL: tl.constexpr,
-    LAM: tl.constexpr, HAS_BIAS_B: tl.constexpr, HAS_BIAS_C: tl.constexpr, HAS_D: tl.constexpr,
+    LAM: tl.constexpr, HAS_BIAS_B: tl.constexpr, HAS_BIAS_C: tl.constexpr, HAS_D: tl.constexpr, HAS_LIVE: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One rank. One program a (head, sequence). row [b, row_size]: z, x, B, C, dt, A, lam, theta. LAM: a fixed lam, or -1."""
     i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if HAS_LIVE:  # noqa: SIM102, the compiler drops the outer branch
+        if padding(y, live, i_b * H + i_h, i_b, P, PP, AHEAD):
+            return
     i_g = i_h // (H // G)
     Z: tl.constexpr = H * P
     BC: tl.constexpr = G * N
@@ -77,6 +86,9 @@ def decode_kernel(
     b_S1 = tl.load(p_S + o_a[None, :], mask=m_p[:, None] & m_a[None, :], other=0.0).to(tl.float32)
     b_S2 = tl.load(p_S + (A + o_a)[None, :], mask=m_p[:, None] & m_a[None, :], other=0.0).to(tl.float32)
     b_S3 = tl.load(p_S + (2 * A + o_u)[None, :], mask=m_p[:, None] & m_u[None, :], other=0.0).to(tl.float32)
+    if AHEAD:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
     alpha, beta, gamma, dt = activations(p_row + O_DT, dt_bias, i_h, H, A_FLOOR, HEAVY_TAIL, LAM)
     p_phi = phi + i_bh * A + o_a
@@ -138,8 +150,14 @@ class Parameters(NamedTuple):
     lam: float | None
 
 
-def decode(row: Tensor, parameters: Parameters, state: State) -> Tensor:
+def decode(
+    row: Tensor, parameters: Parameters, state: State, live: Tensor | None = None, *, ahead: bool = False
+) -> Tensor:
     """row [b, projected] to y [b, h, p] in the dtype of row; `state` moves on in place. No gradient.
+
+    live [1] int32 on the device: of the sequences the first so many; the others are padding, whose state is neither read nor
+    written and whose y is 0. ahead: the kernel in front has written row and nothing of the state, which may then be read before
+    it has ended.
 
     Raises ValueError where the row's width does not fit the state and the parameters.
     """
@@ -163,18 +181,20 @@ def decode(row: Tensor, parameters: Parameters, state: State) -> Tensor:
         H=H, G=q.ngroups, P=P, PP=padded(P), N=N, A=A, AP=padded(A), UP=padded(N - 2 * A), A_FLOOR=q.A_floor,
         HEAVY_TAIL=q.decay == "heavy_tail", LAM=-1.0 if q.lam is None else float(q.lam),
         HAS_BIAS_B=q.B_bias is not None, HAS_BIAS_C=q.C_bias is not None, HAS_D=q.D is not None,
+        HAS_LIVE=live is not None, AHEAD=ahead and b <= MOST_ROWS and device_limits(row.device).capability[0] >= 9,
     )  # fmt: skip
+    launch = {"launch_pdl": True} if constants["AHEAD"] else {}
     if q.rank == 1 and q.mimo_x is None:
         decode_kernel[(H, b)](
             row, q.dt_bias, q.B_weight, q.C_weight, q.B_bias, q.C_bias, q.D, state.phi, state.S, state.B_prev,
-            state.x_prev, y, width, NP=power_of_2(N), num_warps=2, **constants,
+            state.x_prev, y, live, width, NP=power_of_2(N), num_warps=2, **constants, **launch,
         )  # fmt: skip
         return y
     C_now = torch.empty(b, q.rank, H, N, device=row.device, dtype=row.dtype)
     half = max(1, power_of_2(N) // 2)
     decode_ranks_kernel[(H, b)](
         row, q.dt_bias, q.B_weight, q.C_weight, q.B_bias, q.C_bias, q.mimo_x, q.mimo_z, q.mimo_o, q.D, state.phi,
-        state.S, state.B_prev, state.x_prev, C_now, y, width, R=q.rank, RP=power_of_2(q.rank), HALF=half,
-        W=min(32, half), HAS_MIMO=q.mimo_x is not None, num_warps=4, **constants,
+        state.S, state.B_prev, state.x_prev, C_now, y, live, width, R=q.rank, RP=power_of_2(q.rank), HALF=half,
+        W=min(32, half), HAS_MIMO=q.mimo_x is not None, num_warps=4, **constants, **launch,
     )  # fmt: skip
     return y

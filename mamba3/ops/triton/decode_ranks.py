@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
-from mamba3.ops.triton.decode_token import EPS, activations, moved_angle, narrow, sigmoid
+from mamba3.ops.triton.decode_token import EPS, activations, moved_angle, narrow, padding, sigmoid
 
 
 @triton.jit
@@ -57,14 +58,19 @@ def _put_vectors(
 
 @triton.jit
 def decode_ranks_kernel(
-    row, dt_bias, B_weight, C_weight, B_bias, C_bias, mimo_x, mimo_z, mimo_o, D, phi, S, B_prev, x_prev, C_now, y, row_size,
+    row, dt_bias, B_weight, C_weight, B_bias, C_bias, mimo_x, mimo_z, mimo_o, D, phi, S, B_prev, x_prev, C_now, y, live,
+    row_size,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, N: tl.constexpr,
     HALF: tl.constexpr, W: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, UP: tl.constexpr, RP: tl.constexpr,
     A_FLOOR: tl.constexpr, HEAVY_TAIL: tl.constexpr, LAM: tl.constexpr, HAS_BIAS_B: tl.constexpr,
-    HAS_BIAS_C: tl.constexpr, HAS_MIMO: tl.constexpr, HAS_D: tl.constexpr,
+    HAS_BIAS_C: tl.constexpr, HAS_MIMO: tl.constexpr, HAS_D: tl.constexpr, HAS_LIVE: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program a (head, sequence). row [b, row_size]: z, x, B, C, dt, A, lam, theta. LAM: a fixed lam, or -1."""
     i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if HAS_LIVE:  # noqa: SIM102, the compiler drops the outer branch
+        if padding(y, live, i_b * H + i_h, i_b, P, PP, AHEAD):
+            return
     i_g = i_h // (H // G)
     Z: tl.constexpr = H * P
     BC: tl.constexpr = R * G * N
@@ -82,6 +88,9 @@ def decode_ranks_kernel(
     p_S = S + i_bh * (P * N) + o_p * N
     b_S0 = tl.load(p_S + o_0, mask=m_p & m_0, other=0.0).to(tl.float32)
     b_S1 = tl.load(p_S + o_1, mask=m_p & m_1, other=0.0).to(tl.float32)
+    if AHEAD:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
     alpha, beta, gamma, dt = activations(p_row + O_DT, dt_bias, i_h, H, A_FLOOR, HEAVY_TAIL, LAM)
     p_phi = phi + i_bh * A + o_a

@@ -1,10 +1,11 @@
 # type: ignore  the bodies of kernels are Triton, which only looks like Python
-"""A token's activations, its angle, and the state's narrow dtypes: what the decode kernels and `block` share."""
+"""A token's activations, its angle, the state's narrow dtypes, rows of padding: what the decode kernels and `block` share."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from mamba3.ops.triton.angles import LOG2_E, TURNS_PER_RADIAN, cos_sin
 
@@ -83,3 +84,15 @@ def narrow(b_S, dtype: tl.constexpr):
         return ((bits + (noise >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
     else:
         return b_S.to(dtype)
+
+
+@triton.jit
+def padding(y, live, i_bh, i_b, P: tl.constexpr, PP: tl.constexpr, AHEAD: tl.constexpr):
+    """Whether sequence i_b is none of the first `live` ones; its y [p] is then set to 0."""
+    beyond = i_b >= tl.load(live)
+    if beyond:
+        if AHEAD:
+            cuda.gdc_wait()
+        o_p = tl.arange(0, PP)
+        tl.store(y + i_bh * P + o_p, tl.zeros((PP,), y.dtype.element_ty), mask=o_p < P)
+    return beyond

@@ -9,15 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mamba3.ops.triton.angles import rounded_product
+
 
 @triton.jit
 def gradient_dt_kernel(
     dt, A_rate, lam, weight, chunks, d_row, d_column, d_state, d_gamma, d_kept, d_turn, d_halo, d_dt, d_A, d_lam, d_tick,
     T, H: tl.constexpr, L: tl.constexpr, HB: tl.constexpr, HAS_STATE: tl.constexpr, TURNS: tl.constexpr,
-    HAS_TICK: tl.constexpr, PARTS: tl.constexpr, EXACT: tl.constexpr,
+    HAS_TICK: tl.constexpr, EXACT: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """One program a (chunk, HB heads). Rows [h, t] in, [t, h] out. d_halo [s, h]: of each sequence's first token;
-    d_turn [part, h, t]: of tick, in parts."""
+    d_turn [h, t]: of tick."""
     i_c, i_hb = tl.program_id(0), tl.program_id(1)
     i_t, end = tl.load(chunks + i_c * 5), tl.load(chunks + i_c * 5 + 1)
     begin, i_s = tl.load(chunks + i_c * 5 + 2), tl.load(chunks + i_c * 5 + 3)
@@ -31,7 +33,7 @@ def gradient_dt_kernel(
     b_column, b_state = tl.load(d_column + o_rows, mask=m, other=0.0), tl.load(d_state + o_rows, mask=m, other=0.0)
     b_w, b_kept = tl.load(weight + o_rows, mask=m, other=0.0), tl.load(d_kept + i_c * H + o_h, mask=m_h, other=0.0)
     b_own = tl.load(d_row + o_rows, mask=m, other=0.0) - b_column * b_w
-    b_past = b_state * b_w
+    b_past = rounded_product(b_state, b_w, HARDWARE)
     if EXACT:
         b_own, b_past = b_own.to(tl.float64), b_past.to(tl.float64)
     b_log = tl.cumsum(b_own, axis=0, reverse=True) + (tl.cumsum(b_past, axis=0) - b_past) + b_kept[None, :]
@@ -46,8 +48,6 @@ def gradient_dt_kernel(
     b_d_dt = b_log * tl.load(A_rate + o_out, mask=m, other=0.0) + b_lam * b_gamma + (1.0 - b_lam) * b_halo
     if TURNS:
         b_tick = tl.load(d_turn + o_rows, mask=m, other=0.0)
-        for i in tl.static_range(1, PARTS):
-            b_tick += tl.load(d_turn + i * H * T.to(tl.int64) + o_rows, mask=m, other=0.0)
         if HAS_TICK:
             tl.store(d_tick + o_out, b_tick, mask=m)
         else:

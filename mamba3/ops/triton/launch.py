@@ -22,6 +22,7 @@ class Device(NamedTuple):
     multiprocessors: int
     shared_bytes: int
     capability: tuple[int, int]
+    memory_bytes: int = 80 * 2**30
 
     @property
     def nvidia(self) -> bool:
@@ -35,7 +36,7 @@ def device_limits(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
     capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
-    return Device(properties.multi_processor_count, shared, capability)
+    return Device(properties.multi_processor_count, shared, capability, properties.total_memory)
 
 
 def power_of_2(size: int) -> int:
@@ -69,32 +70,42 @@ def choose(limits: Device, dtype: torch.dtype, rank: int, bulk: bool) -> Launch:
 
 
 class BackwardLaunch(NamedTuple):
-    """Tokens a chunk; stages of `states_kernel`; of `gradient_bc_kernel` the rotated pairs and the unrotated channels that a
-    program sums, its warps, stages, and a limit on registers (None: the compiler's)."""
+    """Tokens a chunk; stages of `states_kernel`; of `gradient_bc_kernel` the channels that a program sums, and its stages."""
 
     tokens: int
     stages: int
-    pairs: int
-    rest: int
-    warps: int
+    channels: int
     stages_bc: int
-    registers: int | None
 
 
 def choose_backward(limits: Device, dtype: torch.dtype, rank: int) -> BackwardLaunch:
-    """The backward pass. 64 rows (32 in float32) need 104 KB of shared memory on Hopper and 66 on devices before it; where
+    """The backward pass. 64 rows (32 in float32) need 112 KB of shared memory on Hopper and 66 on devices before it; where
     there is less, half as many.
 
-    gradient_bc, H100, (8, 2048): with 128 registers more programs share a multiprocessor, which is worth their spills (one
-    rank 0.47 ms, 0.56 with 168 registers; 0.64 at 255 and 8 warps). Four ranks want 8 warps (3.17 ms, 3.48 with 4).
+    H200, (8, 2048), one rank: states 0.48 ms with two stages, 0.40 with three, for which two programs need 200 KB; gradient_bc
+    0.34 and 0.24.
     """
-    hopper = limits.capability[0] == 9 and dtype != torch.float32
-    ahead = limits.nvidia and limits.shared_bytes >= 96 * 1024 and dtype != torch.float32
     rows = 32 if dtype == torch.float32 or limits.shared_bytes < 96 * 1024 else 64
-    tokens, registers = max(16, rows // power_of_2(rank)), 128 if hopper else None
-    if rank == 1:
-        return BackwardLaunch(tokens, 2 if ahead else 1, 16, 64, 4, 2 if ahead else 1, registers)
-    return BackwardLaunch(tokens, 2 if ahead else 1, 32, 64, 8, 1, registers)
+    ahead = limits.nvidia and limits.shared_bytes >= 96 * 1024 and dtype != torch.float32
+    stages = (3 if limits.shared_bytes >= 200 * 1024 else 2) if ahead else 1
+    return BackwardLaunch(max(16, rows // power_of_2(rank)), stages, 64, 3 if ahead else 1)
+
+
+class Scratch(NamedTuple):
+    """Bytes that the backward pass holds of chunk states, for each direction of time: of the whole batch, if they are no more
+    than `whole`, else `part` at a time. And `piece` bytes of the rows of dB, and of those of dC."""
+
+    whole: int
+    part: int
+    piece: int
+
+
+def choose_scratch(limits: Device) -> Scratch:
+    """Where the states of all sequences fit, none is cut that others keep company, and its states are made once instead of
+    twice: H200, four ranks, (8, 2048): 11.6 ms with all 1 GiB, 13.8 with an eighth of it at a time. What does not fit is a
+    long sequence, whose own tensors leave less room.
+    """
+    return Scratch(min(2**30, limits.memory_bytes // 64), 3 * 2**26, 2**28)
 
 
 def segment_programs(limits: Device, nheads: int) -> int:
