@@ -1,4 +1,4 @@
-"""python -m benchmarks {cpu, numerics, kernels, model, serving}, or mamba3 bench: run, show tables, write results."""
+"""python -m benchmarks {cpu, numerics, kernels, model, serving, serving-gpu}, or mamba3 bench: run, show, write results."""
 
 from __future__ import annotations
 
@@ -54,13 +54,18 @@ def kernels(
     chunked: Annotated[bool, typer.Option(help="Time the PyTorch path too.")] = True,
     rivals: Annotated[bool, typer.Option(help="Time other projects' kernels, where they can be imported.")] = True,
     limit: Annotated[float, typer.Option(help="Seconds that checks and compilation may take, together.")] = 150.0,
+    ready: Annotated[
+        float, typer.Option(help="Seconds a rival, compiled ahead, may take to be ready at a shape.")
+    ] = 60.0,
 ) -> None:
     """The Triton kernels on this GPU, forward, backward and decode, beside every other project's that can be imported."""
     sections = tuple(section or kernels_subject.SECTIONS)
     if unknown := set(sections) - set(kernels_subject.SECTIONS):
         raise typer.BadParameter(f"there is no section {', '.join(sorted(unknown))}")
     try:
-        kernels_subject.run(out, sections=sections, quick=quick, chunked=chunked, with_rivals=rivals, limit_s=limit)
+        kernels_subject.run(
+            out, sections=sections, quick=quick, chunked=chunked, with_rivals=rivals, limit_s=limit, ready_s=ready
+        )
     except ValueError as error:
         console.print(f"[red]error: {escape(str(error))}[/]", soft_wrap=True)
         raise typer.Exit(1) from error
@@ -74,14 +79,45 @@ def serving(
     streams: Annotated[int, typer.Option(help="Concurrent streams; 0: the subject's own number.")] = 0,
     seconds: Annotated[float, typer.Option(help="Length of the streams' section; 0: the subject's own.")] = 0,
     parked: Annotated[int, typer.Option(help="Sessions parked; 0: the subject's own number.")] = 0,
+    section: Annotated[
+        list[str] | None, typer.Option(help="Which section, by its name in the results; all unless given.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what today's file has of this commit, and measure the rest.")
+    ] = False,
 ) -> None:
-    """A server under many streams and under malformed requests; parked sessions; kill -9; 16 bits; rows; speculation."""
+    """A server under many streams and under malformed requests; parked sessions; kill -9; 16 bits; rows; speculation.
+
+    The file is written after each section; what Ctrl-C leaves out, --resume adds."""
     from benchmarks import serving as subject
 
     given = {"streams": streams, "seconds": seconds, "parked": parked}
     sizes = replace(subject.QUICK if quick else subject.FULL, **{name: value for name, value in given.items() if value})
     with ExitStack() as stack:
-        _run("serving", subject, subject.draw, quick, threads, out, subject.sections(sizes, stack))
+        sections = subject.sections(sizes, stack)
+        if unknown := set(section or ()) - set(sections):
+            raise typer.BadParameter(
+                f"there is no section {', '.join(sorted(unknown))}; there are {', '.join(sections)}"
+            )
+        chosen = {name: sections[name] for name in sections if name in (section or sections)}
+        _run("serving", subject, subject.draw, quick, threads, out, chosen, resume)
+
+
+@app.command()
+def serving_gpu(
+    quick: Quick = False,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try the code out.")] = "cuda",
+    out: Out = results.FOLDER,
+) -> None:
+    """The engine on this GPU, 1.5B of random weights: tokens/s and latencies by streams, memory, roofline, verification."""
+    from benchmarks import serving_gpu as subject
+
+    try:
+        path = subject.run(out, quick=quick, device=device, say=kernels_subject.say)
+    except ValueError as error:
+        console.print(f"[red]error: {escape(str(error))}[/]", soft_wrap=True)
+        raise typer.Exit(1) from error
+    console.print(f"Written: {path.name} and {path.with_suffix('.png').name}")
 
 
 @app.command()
@@ -113,21 +149,35 @@ def _run(
     threads: int,
     out: Path,
     sections: dict | None = None,
+    resume: bool = False,
 ) -> None:
     torch.set_num_threads(threads or os.cpu_count() or 1)
     where = environment.describe()
     busy = where["load"] is not None and where["load"] > 0.5
     if busy:
         console.print(f"[yellow]Other processes are running (load {where['load']}): times will be uneven.[/]")
-    sections = sections or subject.sections(subject.QUICK if quick else subject.FULL)
+    chosen = sections or subject.sections(subject.QUICK if quick else subject.FULL)
+    try:
+        earlier = results.read_earlier(results.path_of(name, where, quick, out), where) if resume else {}
+    except ValueError as error:
+        console.print(f"[red]error: {escape(str(error))}[/]", soft_wrap=True)
+        raise typer.Exit(1) from error
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(sections))
+        task = bar.add_task("", total=len(chosen))
 
         def tell(text: str) -> None:
             bar.update(task, description=escape(text))
 
-        measured = results.run_sections(sections, tell, lambda: bar.advance(task))
+        def keep(measured: dict) -> None:
+            results.write(name, where, quick, measured, None, out)
+
+        try:
+            measured = results.run_sections(chosen, tell, lambda: bar.advance(task), keep, earlier)
+        except KeyboardInterrupt:
+            bar.stop()
+            console.print(f"Broken off in {bar.tasks[task].description}; what was measured before it is written.")
+            raise typer.Exit(130) from None
     for table in subject.tables(measured):
         console.print(table)
     path = results.write(name, where, quick, measured, draw, out)

@@ -79,7 +79,8 @@ def _commit() -> str | None:
 
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
-        measured = [name for name in ("mamba3/ops", "mamba3/nn", "mamba3/lm", "benchmarks") if (ROOT / name).exists()]
+        rooms = ("mamba3/ops", "mamba3/nn", "mamba3/lm", "mamba3/text", "mamba3/engine", "mamba3/serve", "benchmarks")
+        measured = [name for name in rooms if (ROOT / name).exists()]
         changed = git("status", "--porcelain", "--", *measured, ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -80,11 +80,11 @@ def cold_caches(count: int) -> Iterator[list[str]]:
         yield [stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(count)]
 
 
-def check(dtype: str, backward: bool, cases: list[list[int]]) -> list[Any]:
-    """Rows of `kernel_checks`."""
+def check(dtype: str, backward: bool, case: list[int]) -> dict[str, Any]:
+    """A row of `kernel_checks`."""
     from benchmarks import kernel_checks
 
-    return [kernel_checks.check(dtype, backward, tuple(case)) for case in cases]
+    return kernel_checks.check(dtype, backward, tuple(case))
 
 
 def cold(rank: int, backward: bool) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,41 +29,42 @@ def _scan(values: dict[str, Any], impl: Any) -> Callable[..., Tensor]:
 
 
 class Settings(NamedTuple):
-    """What is raced: shapes by rank and batches of a step; rounds; seconds a rival may take to be ready, None for no rivals;
-    what came of compiling them ahead; whether the PyTorch path is timed too; the measured `ceilings`."""
+    """What is raced: shapes by rank and batches of a step; rounds; seconds a rival may take to be ready at a shape, None for
+    no rivals; what came of compiling them ahead; whether the PyTorch path is timed too; the measured `ceilings`."""
 
     shapes: Mapping[int, Sequence[tuple[int, int]]]
     batches: Sequence[int]
     rounds: int
-    limit_s: float | None
+    ready_s: float | None
     prepared: Prepared
     chunked: bool
     top: dict[str, float]
 
 
-def scans(backward: bool, settings: Settings, say: Say) -> list[dict[str, Any]]:
-    """Forward, or forward and backward, at the sizes of the 1.5B layer."""
-    rows = []
+def scans(backward: bool, settings: Settings, some: slice, say: Say) -> Iterator[dict[str, Any]]:
+    """Forward, or forward and backward, at the sizes of the 1.5B layer: a row for each of `some` of every rank's shapes."""
     for r, shapes in settings.shapes.items():
-        for b, t in shapes:
-            values = inputs(b, t, r, torch.bfloat16)
-            contestants = {OURS: passes(_scan(values, "triton"), list(values.values()), backward)}
-            if settings.chunked and (b, t) == shapes[0]:
-                contestants["chunked"] = passes(_scan(values, "chunked"), list(values.values()), backward)
-                _require_agreement(values)
-            others, left_out = {}, {}
-            if settings.limit_s is not None:
-                others, left_out = rivals(r, b, t, backward, settings.limit_s, settings.prepared)
-            times, without = race(contestants | others, OURS, settings.rounds)
-            floor = floors(b, t, r, backward, settings.top)
-            row = {"rank": r, "batch": b, "tokens": t, "times": times, "left_out": left_out | without, "floors": floor}
-            if OURS in times:
-                row["roofline"] = max(floor.values()) / times[OURS]["ms"]["median"]
-            rows.append(row)
-            say(_line(f"{'forward + backward' if backward else 'forward'} R={r} ({b}, {t})", row))
-            del values, contestants, others
+        for b, t in shapes[some]:
+            yield _race_scan(backward, r, b, t, (b, t) == shapes[0], settings, say)
             torch.cuda.empty_cache()
-    return rows
+
+
+def _race_scan(backward: bool, r: int, b: int, t: int, first: bool, settings: Settings, say: Say) -> dict[str, Any]:
+    values = inputs(b, t, r, torch.bfloat16)
+    contestants = {OURS: passes(_scan(values, "triton"), list(values.values()), backward)}
+    if settings.chunked and first:
+        contestants["chunked"] = passes(_scan(values, "chunked"), list(values.values()), backward)
+        _require_agreement(values)
+    others, left_out = {}, {}
+    if settings.ready_s is not None:
+        others, left_out = rivals(r, b, t, backward, settings.ready_s, settings.prepared)
+    times, without = race(contestants | others, OURS, settings.rounds)
+    floor = floors(b, t, r, backward, settings.top)
+    row = {"rank": r, "batch": b, "tokens": t, "times": times, "left_out": left_out | without, "floors": floor}
+    if OURS in times:
+        row["roofline"] = max(floor.values()) / times[OURS]["ms"]["median"]
+    say(_line(f"{'forward + backward' if backward else 'forward'} R={r} ({b}, {t})", row))
+    return row
 
 
 def _require_agreement(values: dict[str, Any]) -> None:
@@ -82,9 +83,9 @@ def _line(title: str, row: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def decode(settings: Settings, say: Say) -> list[dict[str, Any]]:
-    """One step of the 1.5B layer, projections included, and its kernel alone, as CUDA graphs of many steps."""
-    rows = []
+def decode(settings: Settings, say: Say) -> Iterator[dict[str, Any]]:
+    """One step of the 1.5B layer, projections included, and its kernel alone, as CUDA graphs of many steps: a row for each
+    rank, batch and dtype of the state."""
     for r in settings.shapes:
         layer = Mamba3(D_MODEL, d_state=STATE, headdim=HEADDIM, mimo_rank=r, device="cuda", dtype=torch.bfloat16)
         weights = layer.in_proj.weight.nbytes + layer.out_proj.weight.nbytes
@@ -106,11 +107,10 @@ def decode(settings: Settings, say: Say) -> list[dict[str, Any]]:
                     for name, v in (("layer", moved + weights), ("kernel", moved))
                 }
                 state_name = str(kept).removeprefix("torch.")
-                rows.append({"rank": r, "batch": b, "state": state_name, "times_ms": times, "floors_ms": floor})
                 say(f"decode R={r} B={b} {state_name}: "
                     + ", ".join(f"{k} {v['median']:.4f} ms (floor {floor[k]:.4f})" for k, v in times.items()))  # fmt: skip
+                yield {"rank": r, "batch": b, "state": state_name, "times_ms": times, "floors_ms": floor}
                 del graphs, state
-    return rows
 
 
 def profile(b: int, t: int, r: int, backward: bool) -> dict[str, float]:

@@ -2,15 +2,15 @@
 
 Contestants take turns in one process (`cuda.race`). `roofline` is the larger of two floors, bytes over the copy rate and
 products over the matrix rate, both rates measured in the same run, divided by the time. `cold` is the first result on an
-empty cache of compiled kernels, beside the other processes that compile. The file is written anew after every section, so
-that a run cut short keeps what it has.
+empty cache of compiled kernels, beside the other processes that compile. Every section's first shape comes before the
+others, and the file is written anew after every row: a run cut short keeps what it has.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,16 @@ def say(text: str) -> None:
 
 
 def _jobs(caches: list[str], backward: bool, with_rivals: bool, quick: bool) -> dict[str, Job]:
-    """Everything that compiles, the longest first; `backward`: that pass too; `quick`: one check of each kind."""
+    """Everything that compiles, what is waited for first; `backward`: that pass too; `quick`: one check of each kind."""
     jobs, passes = {}, (True, False) if backward else (False,)
     titles = {True: "forward + backward", False: "forward"}
     for i, (rank, wanted) in enumerate((r, w) for r in SHAPES for w in passes):
         jobs[f"cold R={rank} {titles[wanted]}"] = Job("cold", {"rank": rank, "backward": wanted}, caches[i])
     for dtype, cases in CASES.items():
-        for wanted in passes:
-            name = "backward" if wanted else "forward"
-            settings = {"dtype": dtype, "backward": wanted, "cases": cases[name][: 1 if quick else None]}
-            jobs[f"check {name} {dtype}"] = Job("check", settings)
+        for name in ("backward", "forward") if backward else ("forward",):
+            for case in cases[name][: 1 if quick else None]:
+                settings = {"dtype": dtype, "backward": name == "backward", "case": case}
+                jobs[f"check {name} {dtype} {case}"] = Job("check", settings)
     for rival in RIVALS if with_rivals else ():
         together = [[False, True]] if backward and rival.parts > 0 else [[wanted] for wanted in passes]
         for which in together:
@@ -76,7 +76,7 @@ def _prepare(limit_s: float, backward: bool, with_rivals: bool, quick: bool) -> 
     def of(kind: str) -> dict[str, Outcome]:
         return {name: outcomes[name] for name, job in jobs.items() if job.kind == kind}
 
-    checks = [row for o in of("check").values() for row in o.result or ()]
+    checks = [o.result for o in of("check").values() if o.result]
     red = [row for row in checks if not row["ok"]] + [f"{name}: {o.why}" for name, o in of("check").items() if o.why]
     if red:
         raise ValueError(f"{len(red)} checks are red, so nothing is timed; the first: {red[0]}")
@@ -134,6 +134,7 @@ def run(
     chunked: bool = True,
     with_rivals: bool = True,
     limit_s: float = 150.0,
+    ready_s: float = 60.0,
 ) -> Path:
     """All measurements, written to <date>-<device>-kernels.json and .png in `folder`; the name says which where not all are.
 
@@ -142,7 +143,8 @@ def run(
         quick: one shape, few rounds, a check of each kind: does everything run? Not to be quoted.
         chunked: time the PyTorch path too, at the first shape.
         with_rivals: time other projects' kernels, where they can be imported.
-        limit_s: seconds that checks and compilation may take, all together, and that a rival may then take to be ready.
+        limit_s: seconds that checks and compilation may take, all together.
+        ready_s: seconds that a rival, compiled ahead, may take to be ready at a shape.
 
     Raises ValueError where there is no CUDA device or a check is red; then nothing is timed.
     """
@@ -157,26 +159,33 @@ def run(
     settings = Settings(
         shapes={r: shapes[:1] if quick else shapes for r, shapes in SHAPES.items()},
         batches=DECODE[:1] if quick else DECODE, rounds=3 if quick else ROUNDS,
-        limit_s=limit_s if with_rivals else None, prepared=prepared, chunked=chunked, top=top,
+        ready_s=ready_s if with_rivals else None, prepared=prepared, chunked=chunked, top=top,
     )  # fmt: skip
-    parts = {
-        "forward": lambda: kernel_races.scans(False, settings, say),
-        "backward": lambda: kernel_races.scans(True, settings, say),
-        "decode": lambda: kernel_races.decode(settings, say),
-        "profile": lambda: {
+    every = set(sections) == set(SECTIONS)
+    subject = "kernels" if every else f"kernels-{'-'.join(s for s in SECTIONS if s in sections)}"
+    out = results.write(subject, where, quick, measured, None, folder)
+    for name, rows in _races(sections, settings):
+        for row in rows:
+            measured.setdefault(name, []).append(row)
+            results.write(subject, where, quick, measured, None, folder)
+    results.write(subject, where, quick, measured, draw_kernels, folder)
+    if "profile" in sections:
+        measured["profile"] = {
             f"R={r} {name}": kernel_races.profile(*PROFILED, r, name == "backward")
             for r in SHAPES
             for name in ("forward", "backward")
             if name in sections
-        },
-    }
-    subject = (
-        "kernels" if set(sections) == set(SECTIONS) else f"kernels-{'-'.join(s for s in SECTIONS if s in sections)}"
-    )
-    out = None
-    for name in sections:
-        measured[name] = parts[name]()
-        out = results.write(subject, where, quick, measured, draw_kernels, folder)
-    assert out is not None
+        }
+        results.write(subject, where, quick, measured, draw_kernels, folder)
     say(f"written to {out.name} and {out.with_suffix('.png').name}")
     return out
+
+
+def _races(sections: Sequence[str], settings: Settings) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
+    """Rows by section, what matters most first."""
+    for some in (slice(0, 1), slice(1, None)):
+        for name in ("forward", "backward"):
+            if name in sections:
+                yield name, kernel_races.scans(name == "backward", settings, some, say)
+        if "decode" in sections and some.stop is not None:
+            yield "decode", kernel_races.decode(settings, say)

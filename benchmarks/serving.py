@@ -28,7 +28,7 @@ class Sizes:
     streams: int = 64
     seconds: float = 600.0
     parked: int = 10_000
-    restored: int = 1_000
+    restored: int = 10_000
     kills: int = 50
     requests: int = 1_000  # malformed ones
     rows: tuple[int, ...] = (1, 4, 16, 64)
@@ -85,6 +85,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
             continue
         table = Table("", "", title=name, title_justify="left")
         for key, value in _flat(result):
+            if isinstance(value, list):  # for the plot
+                continue
             table.add_row(key, f"{value:,.6g}" if isinstance(value, float) else str(value))
         found.append(table)
     return found
@@ -97,16 +99,20 @@ def _flat(result: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Tokens a second by rows, and the latencies of the streams."""
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    rows, streams = results["rows"], results["streams"]
-    if "refused" not in rows:
-        speeds = rows["tokens_per_s"]
+    """Tokens a second by rows, latencies of the streams, the server's memory under them; what was not measured is empty."""
+    figure = Figure(figsize=(13, 3.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    measured = {name: result for name, result in results.items() if "refused" not in result}
+    if "rows" in measured:
+        speeds = measured["rows"]["tokens_per_s"]
         left.plot([int(n) for n in speeds], list(speeds.values()), marker="o")
         left.set(xscale="log", xlabel="rows", ylabel="tokens/s", title="the engine")
-    if "refused" not in streams:
+    if "streams" in measured:
+        streams = measured["streams"]
         names = [(what, at) for what in ("first_token_s", "between_tokens_s") for at in ("p50", "p99")]
-        right.barh([f"{what[:-2].replace('_', ' ')}, {at}" for what, at in names], [streams[w][a] for w, a in names])
-        right.set(xlabel="seconds", title=f"{streams['streams']} streams")
+        middle.barh([f"{what[:-2].replace('_', ' ')}, {at}" for what, at in names], [streams[w][a] for w, a in names])
+        middle.set(xlabel="seconds", title=f"{streams['streams']} streams")
+        seconds, held = zip(*streams["resident_mib"]["trace"], strict=True)
+        right.plot(seconds, held)
+        right.set(xlabel="seconds", ylabel="MiB", title="memory of the server", ylim=(0, None))
     figure.savefig(path, dpi=120)

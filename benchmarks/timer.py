@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.checks import Check, require
+from benchmarks.checks import Check, Refused, require
 
 
 class Spread(NamedTuple):
@@ -48,6 +48,15 @@ class Race(NamedTuple):
     def fastest(self, names: Sequence[str]) -> str:
         """The contestant among `names` with the least median."""
         return min(names, key=lambda name: self.seconds[name].median)
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Median, the 99th percentile and the largest."""
+    if not values:
+        raise Refused("nothing was measured; the time was too short")
+    ordered = sorted(values)
+    at = {"p50": 0.5, "p99": 0.99, "most": 1.0}
+    return {name: ordered[min(len(ordered) - 1, int(share * len(ordered)))] for name, share in at.items()}
 
 
 def race(

@@ -1,5 +1,6 @@
 """What the kernels' benchmark does without a GPU: floors, checks, jobs, the plots, and rivals that cannot run."""
 
+import json
 import subprocess
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 from benchmarks import kernel_checks, kernel_jobs, kernels
+from benchmarks import rivals as benchmark_rivals
 from benchmarks.cuda import spread
 from benchmarks.kernel_sizes import SHAPES, floors, moved_bytes, products_flops
 from benchmarks.plots import draw_kernels, draw_model
@@ -52,14 +54,14 @@ def test_errors_of_parameters_count_together_and_nan_is_red():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
 def test_a_job_that_fails_says_how_and_the_others_are_done():
     jobs = {
-        "fails": kernel_jobs.Job("check", {"dtype": "float32", "backward": False, "cases": [[1, 1, 4, 1, 8, 8, 2]]}),
+        "fails": kernel_jobs.Job("check", {"dtype": "float32", "backward": False, "case": [1, 1, 4, 1, 8, 8, 2]}),
         "late": kernel_jobs.Job("no such kind", {}),
     }
     told = []
     outcomes = kernel_jobs.run_all(jobs, 100.0, 2, told.append)
     assert "ended with 1" in str(outcomes["fails"].why) and "KeyError" in str(outcomes["late"].why)
     assert len(told) == 2
-    late = kernel_jobs.run_all({"late": jobs["late"]}, 0.01, 1, told.append)["late"]
+    late = kernel_jobs.run_all({"late": jobs["late"]}, 0.4, 1, told.append)["late"]
     assert late.why == "not done after its 0 s" and late.result is None
     assert "not begun" in str(kernel_jobs.run_all({"late": jobs["late"]}, 0.0, 1, told.append)["late"].why)
 
@@ -87,7 +89,7 @@ def test_every_shape_and_dtype_has_its_jobs():
     jobs = kernels._jobs(["a", "b", "c", "d"], backward=True, with_rivals=True, quick=False)
     kinds = [job.kind for job in jobs.values()]
     assert kinds.count("cold") == 2 * len(SHAPES) == len({job.cache for job in jobs.values() if job.kind == "cold"})
-    assert kinds.count("check") == 2 * len(kernel_checks.CASES)
+    assert kinds.count("check") == sum(len(v) for cases in kernel_checks.CASES.values() for v in cases.values())
     assert (
         kinds.count("tune")
         == sum(r.parts for r in RIVALS if r.parts > 0) + 4  # official MIMO: forward at three shapes, backward at one
@@ -131,3 +133,53 @@ def test_the_plots_have_a_panel_a_shape(tmp_path):
         tmp_path / "model.png",
     )
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("kernels.png", "model.png"))
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch):
+    """What a run asks of CUDA before it races."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        kernels.environment, "describe", lambda _: {"date": "2026-11-22", "device": "none", "commit": ""}
+    )
+    monkeypatch.setattr(kernels, "_prepare", lambda *_: ({"checks": []}, Prepared()))
+    monkeypatch.setattr(kernels, "ceilings", lambda: {"copy_TBs": 3.0, "matmul_TFLOPs": 700.0})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def test_a_run_that_is_cut_short_keeps_every_row_and_has_every_section_s_first_shape(
+    without_a_gpu, monkeypatch, tmp_path
+):
+    def race_scan(backward, r, b, t, first, *_):
+        if not first:
+            raise KeyboardInterrupt
+        return {"rank": r, "batch": b, "backward": backward}
+
+    monkeypatch.setattr(kernels.kernel_races, "_race_scan", race_scan)
+    monkeypatch.setattr(kernels.kernel_races, "decode", lambda *_: iter([{"rank": 1, "batch": 8}]))
+    with pytest.raises(KeyboardInterrupt):
+        kernels.run(tmp_path)
+    (file,) = tmp_path.glob("*-kernels.json")
+    kept = json.loads(file.read_text())["results"]
+    assert [row["rank"] for row in kept["forward"]] == list(SHAPES) == [row["rank"] for row in kept["backward"]]
+    assert [row["backward"] for row in kept["forward"] + kept["backward"]] == [False] * 2 + [True] * 2
+    assert kept["decode"] == [{"rank": 1, "batch": 8}]
+
+
+def test_rivals_that_fail_or_take_too_long_are_left_out(without_a_gpu, monkeypatch):
+    def late(b, t):
+        time.sleep(5)
+        raise AssertionError
+
+    def failing(b, t):
+        def call(*_):
+            print("2026-11-22 10:52:03 [TileLang] compiling")  # noqa: T201
+            raise RuntimeError("kernel input TRAP dtype expected bfloat16, but got float32")
+
+        return call, [torch.ones(1)]
+
+    for build, limit_s, why in ((failing, 60.0, "TRAP dtype"), (late, 0.2, "not done after 0 s")):
+        monkeypatch.setattr(benchmark_rivals, "RIVALS", [RIVALS[0]._replace(build=build)])
+        runs, left_out = rivals(4, 1, 64, False, limit_s, Prepared())
+        assert not runs and why in left_out[RIVALS[0].name]
