@@ -88,7 +88,7 @@ class Replies:
         note.text, note.finish = self._spell(note), Finish(note.reason)
         if sequence.text is not None:
             note.text += sequence.text.finish()
-        if note.reason != "aborted" and sequence.chosen:
+        if note.reason != "aborted":
             note.finish = self._keep(sequence, note.reason)
         if sequence.stage is Stage.RUNNING:
             self._rows.free(sequence)
