@@ -166,7 +166,7 @@ def keeping(script):
 
 
 @pytest.mark.parametrize("kind", ["siso", "hybrid"])
-@settings(max_examples=12, suppress_health_check=SHARED)
+@settings(max_examples=8, suppress_health_check=SHARED)
 @given(config=configs(), script=arrivals(EVERYTHING).map(keeping))
 def test_everything_that_comes_out_is_what_came_out_without(kind, imitation, speakers, config, script):
     lm = speakers[kind]
