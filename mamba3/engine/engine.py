@@ -37,7 +37,7 @@ from mamba3.engine.sequence import Mark, Sequence, Stage
 from mamba3.engine.state_pool import StatePool
 from mamba3.engine.text import TextFactory
 from mamba3.engine.validation import check_model, check_request
-from mamba3.lm import Mamba3LM
+from mamba3.lm import LMState, Mamba3LM
 
 
 @dataclass
@@ -396,8 +396,14 @@ class Engine:
             return
         characters = sequence.text.shown_after(tokens)
         if characters is not None and (sequence.mark is None or sequence.mark.tokens < tokens):
-            state = self.pool.read(self.scheduler.running.index(sequence))
-            sequence.mark = Mark(state, tokens, characters)
+            sequence.mark = Mark(self._state_of(sequence), tokens, characters)
+
+    def _state_of(self, sequence: Sequence) -> LMState:
+        """What a sequence has read: a copy of its row, or, where it made way for another after it was read, what was kept."""
+        if sequence.stage is Stage.RUNNING:
+            return self.pool.read(self.scheduler.running.index(sequence))
+        assert sequence.state is not None
+        return sequence.state
 
     def _give_out(self, sequence: Sequence, choice: Choice, text: str, reason: FinishReason | None) -> Output:
         """What the caller hears of a token, and the end of the sequence where it ends."""
@@ -421,11 +427,10 @@ class Engine:
         request, finish = sequence.request, Finish(reason)
         if sequence.text is not None:
             text += sequence.text.finish()
+        if reason != "aborted":
+            finish = self._keep(sequence, reason)
         if sequence.stage is Stage.RUNNING:
-            row = self.scheduler.running.index(sequence)
-            if reason != "aborted":
-                finish = self._keep(sequence, row, reason)
-            self._free_row(row)
+            self._free_row(self.scheduler.running.index(sequence))
         else:
             self.scheduler.remove(sequence)
         sequence.stage, sequence.state, sequence.logits, sequence.mark = Stage.DONE, None, None, None
@@ -435,20 +440,21 @@ class Engine:
             del self._requests[request.id]
         return output
 
-    def _keep(self, sequence: Sequence, row: int, reason: FinishReason) -> Finish:
+    def _keep(self, sequence: Sequence, reason: FinishReason) -> Finish:
         """The state at the end of a turn, for the one who asked for it and for the cache."""
         request, text = sequence.request, sequence.text
         stopped = reason == "stop" and text is not None and text.stopped
         caches = self.config.cache_bytes and request.start is None and not self.config.exact
-        if caches:
+        if caches and sequence.stage is Stage.RUNNING:
             with contextlib.suppress(OutOfPages):
-                self.cache.put(request.reader, sequence.seen(), self.pool.share(row))
+                state = self.pool.share(self.scheduler.running.index(sequence))
+                self.cache.put(request.reader, sequence.seen(), state)
         if not request.keep_state:
             return Finish(reason)
         if stopped:
             return Finish(reason) if sequence.mark is None else Finish(reason, *sequence.mark)
-        state = self.pool.read(row)
-        return Finish(reason, state, max(0, len(sequence.chosen) - 1), 0 if text is None else text.characters)
+        characters = 0 if text is None else text.characters
+        return Finish(reason, self._state_of(sequence), max(0, len(sequence.chosen) - 1), characters)
 
     def _output(
         self, sequence: Sequence, token: int | None, text: str, choice: Choice | None, finish: Finish | None = None
