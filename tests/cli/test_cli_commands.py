@@ -229,7 +229,8 @@ def test_a_prompt_goes_on_from_a_saved_state_as_one_longer_prompt(capsys, folder
 
 def test_generation_ends_before_a_stop_text(capsys, folder):
     base = ["generate", "--model", folder, "--seed", 1, "--temperature", 1.0, "--max-new-tokens", 60]
-    _, whole, _ = run(capsys, *base)
+    _, whole, told = run(capsys, *base)
+    assert told.startswith("\n")  # the text ended no line, and what is told of it may follow on the same terminal
     stop = whole[20:23]
     _, short, _ = run(capsys, *base, "--stop", "not in there", "--stop", stop)
     assert short == whole[: whole.index(stop)]
@@ -267,6 +268,7 @@ def test_what_only_looked_like_a_stop_text_is_shown():
         (["--model", "bare", "--tokenizer", "model", "--state-in", "state"], "another model"),
         (["--model", "model", "--prompt", "a", "--prompt-file", "cut"], "exclude each other"),
         (["--model", "model", "--prompt-file", "absent"], "does not exist"),
+        (["--model", "model", "--prompt-file", "model"], "must name a text file, but model is a folder"),
         (["--model", "model", "--prompt-file", "cut"], "must be UTF-8"),
         (["--model", "model", "--stop", ""], "at least one character"),
         (["--model", "model", "--state-out", "absent/state"], "absent is none"),

@@ -92,8 +92,15 @@ def test_a_chat_goes_on_from_its_file(monkeypatch, capsys, folder, tmp_path):
     assert first + second == whole and "goes on after 2 turns" in told
     _, again, _ = say(monkeypatch, capsys, folder, ["/rewind 2", "Bye"], *file)
     assert again == second
-    code, _, told = say(monkeypatch, capsys, folder, ["/rewind x"])
-    assert code == 1 and "/rewind needs the number of a turn" in told
+    say(monkeypatch, capsys, folder, ["/rewind 1"], *file)
+    _, _, told = say(monkeypatch, capsys, folder, [], *file)
+    assert "goes on after 1 turns" in told  # going back is kept too
+
+
+def test_a_line_that_cannot_be_done_ends_no_chat(monkeypatch, capsys, folder):
+    code, shown, told = say(monkeypatch, capsys, folder, ["Hi", "/rewind x", "/rewind 7", "Bye"])
+    assert code == 0 and "/rewind needs the number of a turn" in told and "turn must lie in [0, 1]" in told
+    assert shown == say(monkeypatch, capsys, folder, ["Hi", "Bye"])[1]
 
 
 def test_a_reply_can_be_broken_off(monkeypatch, capsys, folder):
