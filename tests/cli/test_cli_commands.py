@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mamba3.cli import main
+from mamba3.cli.in_use import in_use
 from mamba3.cli.memory import measure
 from mamba3.cli.session import Session
 from mamba3.cli.train import model_config
@@ -128,6 +129,18 @@ def test_what_cannot_be_trained_is_one_line_and_exit_code_1(capsys, tmp_path, mo
     Path("good.txt").write_text("text\n" * 50)
     line = failure(capsys, "train", *SMALL, *arguments)
     assert any(part in line for part in law.split("|"))
+
+
+def test_one_process_at_a_time_trains_in_a_folder(capsys, tmp_path):
+    """Two would each remove what the other is writing."""
+    (tmp_path / "a.txt").write_text("some text to read\n" * 20)
+    command = ["train", tmp_path / "a.txt", *SMALL, "--out", tmp_path / "run"]
+    with in_use(tmp_path / "run"):
+        assert "another one is writing" in failure(capsys, *command)
+        assert [file.name for file in (tmp_path / "run").iterdir()] == []
+    assert not (tmp_path / "run").exists()  # nothing was put into it
+    code, _, err = run(capsys, *command)
+    assert code == 0 and (tmp_path / "run" / "model").is_dir(), err
 
 
 def test_ctrl_c_saves_a_checkpoint_and_exits_with_130(tmp_path):

@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from mamba3.cli import main
+from mamba3.cli.in_use import in_use
 from mamba3.engine import Engine
 from mamba3.train.tokenizer import byte_tokenizer
 from tests.serve.conftest import lm
@@ -73,6 +74,21 @@ def test_a_server_told_to_stop_ends_what_is_under_way(folder, tmp_path):
     assert "secret" not in logged and "alpha" not in logged
     (file,) = (tmp_path / "s").rglob("*.safetensors")
     assert file.name == "talk.safetensors"
+
+
+def test_one_server_at_a_time_has_a_folder_of_sessions(capsys, folder, tmp_path):
+    with in_use(tmp_path / "s"), pytest.raises(SystemExit) as exit:
+        main(["serve", "--model", str(folder), "--sessions", str(tmp_path / "s")])
+    assert exit.value.code == 1 and "another one is writing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("host", "port", "why"), [("127.0.0.1", None, "in use"), ("nowhere.invalid", 1, "")])
+def test_an_address_that_cannot_be_had_is_one_line(capsys, folder, host, port, why):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as exit:
+        port = port or taken.getsockname()[1]
+        main(["serve", "--model", str(folder), "--host", host, "--port", str(port)])
+    told = capsys.readouterr().err
+    assert exit.value.code == 1 and f"{host} at port {port} is none" in told and why in told and '"serving"' not in told
 
 
 def say(monkeypatch, capsys, folder, lines, *more):
@@ -139,7 +155,7 @@ def test_while_serving_the_collector_looks_past_what_was_there_before(folder, mo
     from mamba3.serve import run
 
     frozen = []
-    monkeypatch.setattr(run._Server, "run", lambda self: frozen.append(gc.get_freeze_count()))
+    monkeypatch.setattr(run._Server, "run", lambda self, sockets: frozen.append(gc.get_freeze_count()))
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["serve", "--model", str(folder), "--device", "cpu"])
     assert frozen[0] > 10_000 and gc.get_freeze_count() == 0
