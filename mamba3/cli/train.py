@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mamba3.cli.console import console
+from mamba3.cli.console import console, errors
 from mamba3.train.config import TrainConfig
 from mamba3.train.recipes import MODEL_OPTIONS, RECIPES, read_recipe
 
@@ -123,9 +123,14 @@ def train(
     if resume and restart:
         raise ValueError("--resume and --restart exclude each other; give one of them or neither.")
     chosen = read_recipe(recipe, config)
-    names = [f.name for f in fields(TrainConfig)]
+    given = {f.name: options[f.name] for f in fields(TrainConfig) if options.get(f.name) is not None}
+    if warmup_steps is None and steps is not None and 0 < steps <= chosen.train.warmup_steps:
+        given["warmup_steps"] = steps // 10
+        errors.print(
+            f"[dim]The rate rises over {steps // 10} of {steps} steps; --warmup-steps gives another number.[/]"
+        )
     chosen = chosen.changed(
-        {name: options[name] for name in names if options.get(name) is not None},
+        given,
         {name: options[name] for name in MODEL_OPTIONS if options[name] is not None},
     )
     if show_config:

@@ -91,6 +91,15 @@ def test_train_then_generate_from_the_run_folder(capsys, tmp_path):
     )
 
 
+def test_a_short_training_warms_up_for_a_tenth_of_it(capsys):
+    """Unless the warm-up was chosen: the default of 50 steps is no reason to refuse 40."""
+    code, shown, told = run(capsys, "train", "--steps", 40, "--show-config")
+    assert code == 0 and json.loads(shown)["warmup_steps"] == 4 and "rises over 4 of 40 steps" in told
+    code, shown, told = run(capsys, "train", "--steps", 51, "--show-config")
+    assert code == 0 and json.loads(shown)["warmup_steps"] == 50 and not told
+    assert "below steps = 40" in failure(capsys, "train", "--steps", 40, "--warmup-steps", 50, "--show-config")
+
+
 def test_train_reads_a_configuration_file_and_options_win(capsys, tmp_path):
     (tmp_path / "a.txt").write_text("some text\n" * 20)
     (tmp_path / "c.json").write_text(json.dumps({"steps": 100, "warmup_steps": 1, "seq_len": 8, "batch_tokens": 16}))
