@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from mamba3.cli.console import errors
 from mamba3.cli.options import DeviceName, DtypeName, MinP, ModelName, Temperature, TokenizerName, TopK, TopP
@@ -58,10 +59,14 @@ def chat(
     errors.print(f"[dim]{_HELP}[/]")
     with store.use("", name) as talk:
         while (line := _read_line()) is not None:
-            if line.startswith("/rewind"):
-                talk.rewind(_number(line))
+            try:
+                if line.startswith("/rewind"):
+                    talk.rewind(_number(line))
+                else:
+                    _turn(engine, talk, template, speech, line, system, settings, seed + len(talk.turns))
+            except ValueError as error:  # of this line; what was said before it stays
+                errors.print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
                 continue
-            _turn(engine, talk, template, speech, line, system, settings, seed + len(talk.turns))
             if session is not None:
                 _save(store, talk, session)
 

@@ -76,6 +76,8 @@ def generate(
         _write(output.push("" if state_out else decoder.finish()) + output.finish())
     if sys.stdout.isatty():
         _write("\n")
+    else:  # the text alone is written there; what stands behind it on the same terminal begins a line
+        errors.print()
     seconds = time.perf_counter() - began
     errors.print(f"[dim]{count} tokens in {seconds:.2f} s, {count / seconds:,.1f} tokens/s[/]")
     if state_out is not None:
@@ -91,8 +93,9 @@ def _prompt(prompt: str, file: Path | None) -> str:
         raise ValueError("--prompt and --prompt-file exclude each other, but both came; give one.")
     try:
         return file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ValueError(f"--prompt-file must name a text file, but {file} does not exist.") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise ValueError(f"--prompt-file must name a text file, but {file} {what}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt-file must be UTF-8 text, but {file} is not ({error}).") from error
 

@@ -50,6 +50,11 @@ def find_model(name: str | Path) -> Path:
         return SHIPPED[str(name)]
     if not folder.exists() and hub.is_repo_id(str(name)):
         return hub.find_folder(str(name))
+    if str(name) in SHIPPED:
+        raise ValueError(
+            f"{name} is a model that comes with the package, but there is a folder of that name here, which comes first and "
+            "holds no model; rename it, or run the command in another folder."
+        )
     raise ValueError(
         f"a model folder must hold config.json and model.safetensors, or be a run of `mamba3 train`, but {folder} "
         f"{'is neither' if folder.exists() else 'does not exist'}; name another folder, {' or '.join(SHIPPED)}, which comes "

@@ -1,6 +1,7 @@
 """`mamba3 serve`: the OpenAI-compatible server."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ def serve(
     model: ModelName = "run",
     tokenizer: TokenizerName = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+    port: Annotated[int, typer.Option(help="port to listen on", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="what clients call the model; the folder's name if absent")] = None,
     rows: Annotated[int, typer.Option(help="sequences continued at a time")] = 16,
     queue: Annotated[int, typer.Option(help="requests of a key that may wait; more are told to come back (429)")] = 256,
@@ -67,6 +68,7 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI's clients, with sessions; stop it with Ctrl-C or SIGTERM."""
     need_serve_extra()
+    from mamba3.cli.in_use import in_use
     from mamba3.cli.models import load_model, pick_dtype
     from mamba3.cli.serving import capture_graphs, find_template
     from mamba3.engine import EngineConfig, ModelDraft, SessionStore
@@ -81,19 +83,20 @@ def serve(
     keys = _read_keys(api_keys)
     lm, encoder = load_model(model, tokenizer, device, dtype)
     guesser = None if draft is None else ModelDraft(load_model(draft, tokenizer or model, device, dtype)[0])
-    store = SessionStore(
-        lm, sessions, budget=session_mib * 2**20, dtype=pick_dtype(session_dtype), owners=max(1, len(keys)),
-        save_turns=save_turns,
-    )  # fmt: skip
-    config = ServeConfig(
-        model_name=name or Path(model).name,
-        api_keys=keys,
-        max_tokens=max_tokens,
-        per_key=per_key,
-    )
-    service = Service(lm, encoder, find_template(chat_template, model, encoder), config, engine, store, guesser)
-    capture_graphs(service.engine)
-    run(service, host, port, drain_seconds)
+    with nullcontext() if sessions is None else in_use(sessions):
+        store = SessionStore(
+            lm, sessions, budget=session_mib * 2**20, dtype=pick_dtype(session_dtype), owners=max(1, len(keys)),
+            save_turns=save_turns,
+        )  # fmt: skip
+        config = ServeConfig(
+            model_name=name or Path(model).name,
+            api_keys=keys,
+            max_tokens=max_tokens,
+            per_key=per_key,
+        )
+        service = Service(lm, encoder, find_template(chat_template, model, encoder), config, engine, store, guesser)
+        capture_graphs(service.engine)
+        run(service, host, port, drain_seconds)
 
 
 def _read_keys(file: Path | None) -> tuple[str, ...]:

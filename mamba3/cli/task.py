@@ -157,17 +157,22 @@ def show(
         drawn = "" if pair is None else _dial(phase)
         table.add_row(
             bits[i], str(int(ones[: i + 1].sum())), str(odd), f"[{colour}]{answer}[/]",
-            f"{float(chances.max() / chances.sum()):.3f}", f"{math.degrees(phase):+.0f}°" if pair else "-", drawn,
+            f"{float(chances.max() / chances.sum()):.3f}", _degrees(phase) if pair else "-", drawn,
         )  # fmt: skip
     console.print(table)
     right = int((seen.probabilities[:, 1:].argmax(-1) == torch.cumsum(ones, 0) % 2).sum())
     console.print(f"{right} of {len(bits)} running parities right, {network.num_parameters():,} parameters.")
     if pair is not None:
         console.print(
-            f"Layer {pair.layer}, head {pair.head}, pair {pair.pair} turns by {math.degrees(pair.on_zero):+.0f}° on a 0 and "
-            f"{math.degrees(pair.on_one):+.0f}° on a 1 (parity needs 0° and 180°; turn score {pair.score:.3f} of 1).",
+            f"Layer {pair.layer}, head {pair.head}, pair {pair.pair} turns by {_degrees(pair.on_zero)} on a 0 and "
+            f"{_degrees(pair.on_one)} on a 1 (parity needs 0° and 180°; turn score {pair.score:.3f} of 1).",
             soft_wrap=True,
         )
+
+
+def _degrees(phase: float) -> str:
+    """Whole degrees with their sign; 0° has none, whichever side it was rounded from."""
+    return f"{degrees:+d}°" if (degrees := round(math.degrees(phase))) else "0°"
 
 
 def _dial(phase: float) -> str:

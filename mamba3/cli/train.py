@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mamba3.cli.console import console
+from mamba3.cli.console import console, errors
 from mamba3.train.config import TrainConfig
 from mamba3.train.recipes import MODEL_OPTIONS, RECIPES, read_recipe
 
@@ -122,9 +123,14 @@ def train(
     if resume and restart:
         raise ValueError("--resume and --restart exclude each other; give one of them or neither.")
     chosen = read_recipe(recipe, config)
-    names = [f.name for f in fields(TrainConfig)]
+    given = {f.name: options[f.name] for f in fields(TrainConfig) if options.get(f.name) is not None}
+    if warmup_steps is None and steps is not None and 0 < steps <= chosen.train.warmup_steps:
+        given["warmup_steps"] = steps // 10
+        errors.print(
+            f"[dim]The rate rises over {steps // 10} of {steps} steps; --warmup-steps gives another number.[/]"
+        )
     chosen = chosen.changed(
-        {name: options[name] for name in names if options.get(name) is not None},
+        given,
         {name: options[name] for name in MODEL_OPTIONS if options[name] is not None},
     )
     if show_config:
@@ -185,8 +191,9 @@ def run_training(
 ) -> "Trainer":
     """Prepare, train and write run/model. After `patience` seconds the training is left off at a checkpoint.
 
-    Exits with 130 when Ctrl-C stopped it, after a checkpoint.
+    Raises ValueError while another process trains there. Exits with 130 when Ctrl-C stopped it, after a checkpoint.
     """
+    from mamba3.cli.in_use import in_use
     from mamba3.cli.interrupt import INTERRUPTED, stop_on_interrupt
     from mamba3.cli.models import pick_device
     from mamba3.cli.progress import ProgressReporter
@@ -197,23 +204,26 @@ def run_training(
     place = local_device(pick_device(device))
     ranks = join(config.context_parallel, place)
     console.quiet = not ranks.first
-    reporter = ProgressReporter(console) if ranks.first else Reporter()
-    try:
-        trainer = prepare(corpus, out, config, model_config, start=start, device=place, reporter=reporter, ranks=ranks)
-    finally:
-        reporter.finished(0)
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    origin = f"going on after step {trainer.step:,}" if trainer.step else f"a new run in {out}"
-    together = f", {ranks.size} ranks ({config.parallel})" if ranks.size > 1 else ""
-    console.print(f"{parameters:,} parameters on {trainer.device}{together}; {origin}.", soft_wrap=True)
-    end = time.perf_counter() + patience
-    with stop_on_interrupt("Stopping after this step, with a checkpoint") as interrupted:
-        outcome = trainer.run(lambda: interrupted() or time.perf_counter() > end)
-        if outcome.stopped:
-            why = "" if interrupted() else f" as {patience:.0f} s are over, more than was planned"
-            console.print(f"Stopped after step {outcome.step:,}{why}; the same command goes on from there.")
-        if interrupted():
-            raise typer.Exit(INTERRUPTED)
-    export(trainer)
+    with in_use(out) if ranks.first else nullcontext():
+        reporter = ProgressReporter(console) if ranks.first else Reporter()
+        try:
+            trainer = prepare(
+                corpus, out, config, model_config, start=start, device=place, reporter=reporter, ranks=ranks
+            )
+        finally:
+            reporter.finished(0)
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        origin = f"going on after step {trainer.step:,}" if trainer.step else f"a new run in {out}"
+        together = f", {ranks.size} ranks ({config.parallel})" if ranks.size > 1 else ""
+        console.print(f"{parameters:,} parameters on {trainer.device}{together}; {origin}.", soft_wrap=True)
+        end = time.perf_counter() + patience
+        with stop_on_interrupt("Stopping after this step, with a checkpoint") as interrupted:
+            outcome = trainer.run(lambda: interrupted() or time.perf_counter() > end)
+            if outcome.stopped:
+                why = "" if interrupted() else f" as {patience:.0f} s are over, more than was planned"
+                console.print(f"Stopped after step {outcome.step:,}{why}; the same command goes on from there.")
+            if interrupted():
+                raise typer.Exit(INTERRUPTED)
+        export(trainer)
     leave()
     return trainer

@@ -64,11 +64,18 @@ class Scheduler:
             if sequence is None:
                 break
             if not fits(sequence):
-                self._put(sequence, first=True)
+                self._return(sequence)
                 break
             readers -= sequence.reads
             admitted.append(sequence)
         return admitted
+
+    def _return(self, sequence: Sequence) -> None:
+        """Undo `_next`: the sequence is first again, of its user, its owner and all owners, or those behind it could go on
+        taking what it waits for."""
+        self._put(sequence, first=True)
+        self._queues.move_to_end(sequence.request.owner, last=False)
+        self._queues[sequence.request.owner].move_to_end(sequence.request.user, last=False)
 
     def _next(self, may_read: bool) -> Sequence | None:
         """The first sequence of the first owner who has one that can be admitted; owner and user go behind the others."""

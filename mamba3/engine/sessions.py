@@ -329,7 +329,7 @@ class SessionStore:
         try:
             while self._let_go():
                 pass
-        except Exception:  # noqa: BLE001 (it stays in memory; the next call begins with another)
+        except Exception:  # noqa: BLE001 (it stays in memory)
             _log.exception("a session could not be parked; memory stays over its budget")
         finally:
             self._making_room.release()
@@ -354,6 +354,10 @@ class SessionStore:
             self._write(session)
             with self._changed:
                 self._memory.pop(key)
+        except BaseException:
+            with self._changed:
+                self._memory.put(key, session)  # last in the order: the next call begins with another
+            raise
         finally:
             self._register.end(key)
         return True

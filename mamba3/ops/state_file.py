@@ -6,9 +6,10 @@ dtypes and bytes of all tensors) and whatever the writer adds (dtype, model fing
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 import torch
@@ -33,20 +34,18 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 def replace_file(path: str | Path, data: bytes) -> None:
     """Write `data` beside `path`, flush it to the disk and rename it into place: `path` is old or new, never half."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)  # mkstemp makes files that their owner alone can read
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is told is why it could not be written
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            kept = "the file that was there is untouched" if path.exists() else "nothing was written"
+            kept = "the file that was there is untouched" if os.path.exists(path) else "nothing was written"
             raise OSError(error.errno, f"{path} could not be saved ({error.strerror}); {kept}.") from error
         raise
 

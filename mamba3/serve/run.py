@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import signal
+import socket
 import sys
 from types import FrameType
 
@@ -27,8 +28,22 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ValueError(
+            f"a server needs an address that it can listen on, but {host} at port {port} is none ({error}); give others with "
+            "--host and --port."
+        ) from error
+
+
 def serve(service: Service, host: str, port: int, drain_seconds: int) -> None:
-    """Serve until SIGTERM or Ctrl-C. Requests under way then have `drain_seconds` to end; sessions are parked after that."""
+    """Serve until SIGTERM or Ctrl-C. Requests under way then have `drain_seconds` to end; sessions are parked after that.
+
+    Raises ValueError when the address cannot be listened on.
+    """
+    listening = _listen(host, port)
     logger = logging.getLogger("mamba3.serve")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONLines())
@@ -48,8 +63,9 @@ def serve(service: Service, host: str, port: int, drain_seconds: int) -> None:
     gc.collect()
     gc.freeze()
     try:
-        server.run()
+        server.run([listening])
     finally:
+        listening.close()
         gc.unfreeze()
         logger.info("stopped", extra={"facts": {"sessions": len(service.sessions)}})
         logger.removeHandler(handler)

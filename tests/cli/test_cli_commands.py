@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mamba3.cli import main
+from mamba3.cli.in_use import in_use
 from mamba3.cli.memory import measure
 from mamba3.cli.session import Session
 from mamba3.cli.train import model_config
@@ -90,6 +91,15 @@ def test_train_then_generate_from_the_run_folder(capsys, tmp_path):
     )
 
 
+def test_a_short_training_warms_up_for_a_tenth_of_it(capsys):
+    """Unless the warm-up was chosen: the default of 50 steps is no reason to refuse 40."""
+    code, shown, told = run(capsys, "train", "--steps", 40, "--show-config")
+    assert code == 0 and json.loads(shown)["warmup_steps"] == 4 and "rises over 4 of 40 steps" in told
+    code, shown, told = run(capsys, "train", "--steps", 51, "--show-config")
+    assert code == 0 and json.loads(shown)["warmup_steps"] == 50 and not told
+    assert "below steps = 40" in failure(capsys, "train", "--steps", 40, "--warmup-steps", 50, "--show-config")
+
+
 def test_train_reads_a_configuration_file_and_options_win(capsys, tmp_path):
     (tmp_path / "a.txt").write_text("some text\n" * 20)
     (tmp_path / "c.json").write_text(json.dumps({"steps": 100, "warmup_steps": 1, "seq_len": 8, "batch_tokens": 16}))
@@ -128,6 +138,18 @@ def test_what_cannot_be_trained_is_one_line_and_exit_code_1(capsys, tmp_path, mo
     Path("good.txt").write_text("text\n" * 50)
     line = failure(capsys, "train", *SMALL, *arguments)
     assert any(part in line for part in law.split("|"))
+
+
+def test_one_process_at_a_time_trains_in_a_folder(capsys, tmp_path):
+    """Two would each remove what the other is writing."""
+    (tmp_path / "a.txt").write_text("some text to read\n" * 20)
+    command = ["train", tmp_path / "a.txt", *SMALL, "--out", tmp_path / "run"]
+    with in_use(tmp_path / "run"):
+        assert "another one is writing" in failure(capsys, *command)
+        assert [file.name for file in (tmp_path / "run").iterdir()] == []
+    assert not (tmp_path / "run").exists()  # nothing was put into it
+    code, _, err = run(capsys, *command)
+    assert code == 0 and (tmp_path / "run" / "model").is_dir(), err
 
 
 def test_ctrl_c_saves_a_checkpoint_and_exits_with_130(tmp_path):
@@ -229,7 +251,8 @@ def test_a_prompt_goes_on_from_a_saved_state_as_one_longer_prompt(capsys, folder
 
 def test_generation_ends_before_a_stop_text(capsys, folder):
     base = ["generate", "--model", folder, "--seed", 1, "--temperature", 1.0, "--max-new-tokens", 60]
-    _, whole, _ = run(capsys, *base)
+    _, whole, told = run(capsys, *base)
+    assert told.startswith("\n")  # the text ended no line, and what is told of it may follow on the same terminal
     stop = whole[20:23]
     _, short, _ = run(capsys, *base, "--stop", "not in there", "--stop", stop)
     assert short == whole[: whole.index(stop)]
@@ -267,6 +290,7 @@ def test_what_only_looked_like_a_stop_text_is_shown():
         (["--model", "bare", "--tokenizer", "model", "--state-in", "state"], "another model"),
         (["--model", "model", "--prompt", "a", "--prompt-file", "cut"], "exclude each other"),
         (["--model", "model", "--prompt-file", "absent"], "does not exist"),
+        (["--model", "model", "--prompt-file", "model"], "must name a text file, but model is a folder"),
         (["--model", "model", "--prompt-file", "cut"], "must be UTF-8"),
         (["--model", "model", "--stop", ""], "at least one character"),
         (["--model", "model", "--state-out", "absent/state"], "absent is none"),

@@ -41,6 +41,8 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
     assert find_model("books") == PLACE
     monkeypatch.chdir(tmp_path)
     (tmp_path / "books").mkdir()
+    with pytest.raises(ValueError, match="a folder of that name here, which comes first and holds no model; rename it"):
+        find_model("books")
     (tmp_path / "books" / "config.json").write_text("{}")
     assert find_model("books") == Path("books")
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from mamba3.engine import LLM, Engine, EngineConfig, QueueFull, Request, SamplingParams
 from mamba3.engine.pages import Pages
 from mamba3.engine.runner import Runner
+from mamba3.engine.sampler import Draws
+from mamba3.engine.scheduler import Scheduler
 from mamba3.engine.sequence import Sequence
 from mamba3.engine.state_pool import StatePool
 from mamba3.nn.cache import AttentionState, whole_pages
@@ -214,6 +216,21 @@ def test_nobody_can_fill_the_queue_of_another():
     while engine.busy:
         ended += [output.request_id for output in engine.step() if output.finish is not None]
     assert ended.index("one") == 2 and engine.scheduler.waiting == 0  # after the one that ran and the one that was next
+
+
+def test_one_that_does_not_fit_is_not_overtaken():
+    """Owners that came later would take what it waits for, again and again."""
+    scheduler, asked = Scheduler(EngineConfig(rows=4)), []
+    for i, (owner, user) in enumerate([("big", "a"), ("big", "b"), ("small", "")]):
+        request = Request(id=str(i), tokens=[1], owner=owner, user=user)
+        scheduler.add(Sequence(request, 0, np.array([1]), Draws(request.params, 0)))
+
+    def fits(sequence):
+        asked.append(sequence.request.id)
+        return len(asked) > 3
+
+    assert [scheduler.admit(fits) for _ in range(3)] == [[], [], []] and asked == ["0"] * 3
+    assert [sequence.request.id for sequence in scheduler.admit(fits)] == ["0", "2", "1"]
 
 
 def test_users_of_one_owner_take_turns_within_its_turn():

@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 
 from mamba3.engine import LLM, Engine, EngineConfig, Request, SamplingParams
 from mamba3.engine.pages import OutOfPages, Pages, StoredState, page_bytes
+from mamba3.engine.rows import Rows
+from mamba3.engine.sequence import Stage
 from mamba3.engine.state_pool import StatePool
 from mamba3.nn.cache import PAGE
+from mamba3.train.tokenizer import byte_tokenizer
 from tests.engine.cases import Arrival, arrivals, configs, greedy, model, play
 from tests.engine.test_engine import check_greedy
+from tests.lm.test_model import tiny
 
 LM = model("hybrid")
 LONG = st.builds(SamplingParams, max_tokens=st.integers(1, 40), n=st.integers(1, 2))
@@ -81,6 +85,34 @@ def test_sequences_that_make_way_go_on_as_if_nothing_had_been():
     for (i, _), outcome in play(engine, script).items():
         assert outcome.tokens == greedy(LM, [1 + i] * 50, 150)
     assert engine.counters.swaps > 0 and free_of_all(engine)
+
+
+@pytest.mark.parametrize("most", [200, 120])
+def test_one_that_makes_way_in_the_middle_of_a_step_is_written_down_all_the_same(monkeypatch, most):
+    """Its token was read and is chosen after it lost its row: a stop string may begin there, and it may be the last one."""
+    made_way = []
+
+    def swap_out(self, sequence):
+        made_way.append((sequence.request.id, sequence.stage, len(sequence.chosen)))
+        swap(self, sequence)
+
+    swap = Rows.swap_out
+    monkeypatch.setattr(Rows, "swap_out", swap_out)
+    lm = tiny("hybrid", vocab_size=257, dtype=torch.float64).eval()
+    sizes = {"prefill_chunk": 2, "step_tokens": 4, "cache_bytes": 0, "max_length": 300}
+    engine = Engine(lm, EngineConfig(attention_bytes=8 * page_bytes(lm), **sizes), byte_tokenizer())
+    params = SamplingParams(max_tokens=most, logit_bias=((ord("a"), 1000.0),), stop=("ab",))
+    engine.add(Request(id="old", tokens=[98] * 250, params=SamplingParams(max_tokens=2)))
+    engine.add(Request(id="young", tokens=[99] * 10, params=params, keep_state=True))
+    outputs = []
+    while engine.busy:
+        outputs += [output for output in engine.step() if output.request_id == "young"]
+    assert made_way == [("young", Stage.RUNNING, 119)]
+    assert "".join(output.text for output in outputs) == "a" * most
+    finish, read = outputs[-1].finish, [99] * 10 + [ord("a")] * (most - 1)
+    assert finish.state.tokens.item() == len(read) and finish.tokens == most - 1
+    _, expected = lm.prefill(torch.tensor([read]))
+    assert torch.allclose(finish.state.layers[0].S, expected.layers[0].S, atol=1e-9)
 
 
 def test_pages_are_taken_as_sequences_grow_and_come_back():

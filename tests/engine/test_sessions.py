@@ -257,6 +257,19 @@ def test_a_session_that_cannot_be_parked_fails_no_other_s_request(tmp_path, monk
     assert store.nbytes == 0
 
 
+def test_one_session_that_cannot_be_parked_keeps_no_other_in_memory(tmp_path, monkeypatch, caplog):
+    store = SessionStore(model(), tmp_path, save_turns=False)
+    for id in "abc":
+        store.create(id=id)
+        turn(store, id, [1, 2])
+    write = store._files.write
+    monkeypatch.setattr(store._files, "write", lambda session: (full if session.id == "a" else write)(session))
+    store.budget = 0
+    for _ in range(2):
+        store._make_room()
+    assert "could not be parked" in caplog.text and [info.parked for info in store.list("")] == [False, True, True]
+
+
 def texts_of(store: SessionStore) -> dict[str, tuple[int, int]]:
     return {info.id: (info.tokens, info.turns) for info in store.list("")}
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -273,6 +274,19 @@ def test_saving_a_state_on_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert LMState.load(path, model).tokens.tolist() == [5]
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_file_is_written_with_the_mode_that_open_gives_whatever_other_threads_write(tmp_path):
+    """The mask of modes belongs to the whole process: two threads that set it and put it back could leave it at nothing."""
+    (tmp_path / "opened").touch()
+    with mock.patch.object(os, "umask", side_effect=AssertionError("the process's mask was changed")):
+        state_file.replace_file(tmp_path / "replaced", b"whole")
+    modes = {name: (tmp_path / name).stat().st_mode for name in ("opened", "replaced")}
+    assert modes["opened"] == modes["replaced"] and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(
+        OSError, match=r"nowhere/state could not be saved \(No such file or directory\); nothing was written"
+    ):
+        state_file.replace_file(tmp_path / "nowhere" / "state", b"whole")
 
 
 def test_the_version_of_a_state_file_is_checked(tmp_path, monkeypatch):

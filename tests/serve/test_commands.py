@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from mamba3.cli import main
+from mamba3.cli.in_use import in_use
 from mamba3.engine import Engine
 from mamba3.train.tokenizer import byte_tokenizer
 from tests.serve.conftest import lm
@@ -75,6 +76,21 @@ def test_a_server_told_to_stop_ends_what_is_under_way(folder, tmp_path):
     assert file.name == "talk.safetensors"
 
 
+def test_one_server_at_a_time_has_a_folder_of_sessions(capsys, folder, tmp_path):
+    with in_use(tmp_path / "s"), pytest.raises(SystemExit) as exit:
+        main(["serve", "--model", str(folder), "--sessions", str(tmp_path / "s")])
+    assert exit.value.code == 1 and "another one is writing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("host", "port", "why"), [("127.0.0.1", None, "in use"), ("nowhere.invalid", 1, "")])
+def test_an_address_that_cannot_be_had_is_one_line(capsys, folder, host, port, why):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as exit:
+        port = port or taken.getsockname()[1]
+        main(["serve", "--model", str(folder), "--host", host, "--port", str(port)])
+    told = capsys.readouterr().err
+    assert exit.value.code == 1 and f"{host} at port {port} is none" in told and why in told and '"serving"' not in told
+
+
 def say(monkeypatch, capsys, folder, lines, *more):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     with pytest.raises(SystemExit) as exit:
@@ -92,8 +108,15 @@ def test_a_chat_goes_on_from_its_file(monkeypatch, capsys, folder, tmp_path):
     assert first + second == whole and "goes on after 2 turns" in told
     _, again, _ = say(monkeypatch, capsys, folder, ["/rewind 2", "Bye"], *file)
     assert again == second
-    code, _, told = say(monkeypatch, capsys, folder, ["/rewind x"])
-    assert code == 1 and "/rewind needs the number of a turn" in told
+    say(monkeypatch, capsys, folder, ["/rewind 1"], *file)
+    _, _, told = say(monkeypatch, capsys, folder, [], *file)
+    assert "goes on after 1 turns" in told  # going back is kept too
+
+
+def test_a_line_that_cannot_be_done_ends_no_chat(monkeypatch, capsys, folder):
+    code, shown, told = say(monkeypatch, capsys, folder, ["Hi", "/rewind x", "/rewind 7", "Bye"])
+    assert code == 0 and "/rewind needs the number of a turn" in told and "turn must lie in [0, 1]" in told
+    assert shown == say(monkeypatch, capsys, folder, ["Hi", "Bye"])[1]
 
 
 def test_a_reply_can_be_broken_off(monkeypatch, capsys, folder):
@@ -132,7 +155,7 @@ def test_while_serving_the_collector_looks_past_what_was_there_before(folder, mo
     from mamba3.serve import run
 
     frozen = []
-    monkeypatch.setattr(run._Server, "run", lambda self: frozen.append(gc.get_freeze_count()))
+    monkeypatch.setattr(run._Server, "run", lambda self, sockets: frozen.append(gc.get_freeze_count()))
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["serve", "--model", str(folder), "--device", "cpu"])
     assert frozen[0] > 10_000 and gc.get_freeze_count() == 0
