@@ -179,7 +179,8 @@ def deliver(trainer: Trainer, parts: dict[str, Tokens], tokenizer: Tokenizer, op
         prompt = torch.tensor([encode(tokenizer, [PROMPT])[0].tolist()], device=device)
         written = writer.generate(prompt, max_new_tokens=120, temperature=0.8, top_p=0.95, seed=0).tokens[0].tolist()
         result = facts(trainer, shipped, parts, options, device) | {
-            "bytes": sum(weights), "test": measure(shipped, parts, token_bytes(tokenizer), options, device),
+            "bytes": sum(weights), "state_bytes": half.init_state(1).nbytes,
+            "test": measure(shipped, parts, token_bytes(tokenizer), options, device),
             "sample": [PROMPT, tokenizer.decode(written[prompt.shape[1] :])],
         }  # fmt: skip
         (building / "result.json").write_text(json.dumps(result) + "\n")
@@ -203,7 +204,7 @@ def facts(trainer: Trainer, shipped: Mamba3LM, parts: dict[str, Tokens], options
         "train_loss": statistics.fmean(line["loss"] for line in steps[-50:]), "skipped": steps[-1]["skips"],
         "tokens_per_second": statistics.median(line["tokens"] / line["seconds"] for line in steps[5:] or steps),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "devices": trainer.ranks.size,
-        "torch": torch.__version__, "state_bytes": shipped.init_state(1).nbytes, "curve": curve(trainer.folder),
+        "torch": torch.__version__, "curve": curve(trainer.folder),
         "validation": [[line["step"], line["loss"]] for line in lines if line["kind"] == "val"],
     }  # fmt: skip
 

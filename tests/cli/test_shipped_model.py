@@ -60,6 +60,8 @@ def test_the_card_says_what_was_measured():
     card, result = (PLACE / "README.md").read_text(), json.loads((PLACE / "result.json").read_text())
     weights = sum(file.stat().st_size for file in PLACE.glob("*.safetensors"))
     assert result["bytes"] == weights and f"{weights:,} bytes" in card and not result["quick"]
+    state = load_model("books", None, "cpu", None)[0].init_state(1).nbytes
+    assert result["state_bytes"] == state and f"however long, is {state:,} bytes" in card.replace("\n", " ")
     for tokens, found in result["test"].items():
         assert f"| {int(tokens):,} | {found['perplexity']:.2f} | {found['bits_per_byte']:.3f} |" in card
     assert result["step"] == result["steps"] and "unfinished" not in card
