@@ -54,10 +54,10 @@ def _states(
     vectors, bias = (inp.C, inp.C_bias) if reverse else (inp.B, inp.B_bias)
     states_kernel[(call.sizes.H, segments[1] - segments[0])](
         inp.x, gate.z, call.dy, vectors, bias, inp.mimo_x, gate.mimo_z, gate.mimo_o, c.decay, c.decay_low, c.weight,
-        call.angles.turn, call.angles.phase, tables.segments, tables.sequences, start, each, end, total, segments[0],
-        c_first, c.decay.shape[1], call.x_row, call.z_row, REVERSE=reverse, SUMMARY=total is not None,
-        HAS_START=start is not None, HAS_END=end is not None, HAS_BIAS=bias is not None, STAGES=call.launch.stages,
-        **call.constants, num_warps=WARPS,
+        call.angles.turn, call.angles.phase, tables.segments, tables.sequences, c.decay if start is None else start,
+        int(start is not None), each, end, total, segments[0], c_first, c.decay.shape[1], call.x_row, call.z_row,
+        REVERSE=reverse, SUMMARY=total is not None, HAS_END=end is not None, HAS_BIAS=bias is not None,
+        STAGES=call.launch.stages, **call.constants, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -143,18 +143,18 @@ def _gradient_bc(
     blocks, tokens = triton.cdiv(per_group, heads), t1 - t0
     like = dict(device=inp.x.device, dtype=torch.float32)
     shared = [v[t0 * sizes.R : t1 * sizes.R] for v in (out.dB, out.dC)]
-    parts = shared if blocks == 1 else [torch.empty(blocks, *v.shape, **like) for v in shared]
     theta = torch.empty(sizes.G * blocks, tokens, sizes.A, **like)
+    parts = [theta if blocks == 1 else torch.empty(blocks, *v.shape, **like) for v in shared]
     biases = [
         None if bias is None else torch.empty(c1 - c0, sizes.H, sizes.R, sizes.N, **like)
         for bias in (inp.B_bias, inp.C_bias)
     ]
     UB = min(padded(sizes.N), call.launch.channels)
     gradient_bc_kernel[(sizes.G * blocks, c1 - c0, 2 * triton.cdiv(sizes.N, UB) + (sizes.A > 0))](
-        inp.theta, call.tick, *of_heads, out.turning, call.plan.chunks, *parts, theta, out.rows.tick, *biases, c0, t0,
-        tokens, call.c.decay.shape[1],
+        inp.theta, call.tick, *of_heads, out.turning, call.plan.chunks, out.dB, out.dC, *parts, theta, out.rows.tick,
+        *biases, c0, t0, tokens, heads, call.c.decay.shape[1],
         **{name: call.constants[name] for name in ("H", "G", "R", "RP", "N", "A", "W", "L", "EXACT", "HARDWARE", "DTYPE")},
-        UB=UB, HEADS=heads, LEAVING=leaving, HAS_BIAS_B=inp.B_bias is not None, HAS_BIAS_C=inp.C_bias is not None,
+        UB=UB, LEAVING=leaving, HAS_BIAS_B=inp.B_bias is not None, HAS_BIAS_C=inp.C_bias is not None,
         STAGES=call.launch.stages_bc, num_warps=WARPS,
     )  # fmt: skip
     if blocks > 1:
