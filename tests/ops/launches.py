@@ -1,4 +1,4 @@
-"""What a pass launches, and what Triton would compile for it, without a device: tensors without data, a driver that is imagined.
+"""What a pass launches, and what Triton would compile for it, without a device: on tensors without data.
 
 For processes of their own, in which kernels are not defined for the interpreter. `compiled` has an entry for each kernel
 that Triton would compile: what it finds new in a launch's signature, constants, alignments and options.
@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mamba3.ops.triton import backward, decode, few_rows, forward
+from mamba3.ops.triton import backward, decode, few_rows, forward, library
 from mamba3.ops.triton.launch import Device
 from mamba3.ops.types import Gate, Inputs, State
 
@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What Triton would compile; `Sizes` of a kernel's constants by name."""
+    """What Triton would compile, as its ASTSource takes it."""
 
     kernel: Any
     signature: dict
@@ -61,7 +61,7 @@ class _Imagined:
         return torch.device("meta")
 
 
-class _Launched:
+class Launched:
     """A compiled kernel that does nothing."""
 
     function = packed_metadata = None
@@ -78,15 +78,17 @@ compiled: list[Entry] = []
 
 def _record(self, key, signature, device, constexprs, options, attrs, warmup):
     compiled.append(Entry(self, signature, constexprs, options, attrs))
-    self.device_caches[device][0][key] = _Launched()
+    self.device_caches[device][0][key] = Launched()
     return self.device_caches[device][0][key]
 
 
-def imagine() -> None:
-    """From here on launches are recorded."""
+def imagine(*, recorded: bool = True) -> None:
+    """From here on an H100 is imagined and, where `recorded`, nothing compiled."""
     driver.set_active(_Imagined())
-    JITFunction._do_compile = _record
-    decode.device_limits = few_rows.device_limits = lambda _: H100
+    if recorded:
+        JITFunction._do_compile = _record
+    for module in (decode, few_rows, library):
+        module.device_limits = lambda _: H100
 
 
 def arguments(b: int, t: int, s: Sizes, dtype=torch.bfloat16, sequences: int | None = None):

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mamba3.ops.gate import apply_gate
+from mamba3.ops.triton.ahead import at
 from mamba3.ops.triton.assembler import sound_assembler
 from mamba3.ops.triton.coefficients import coefficients_kernel
 from mamba3.ops.triton.last_token import last_token_kernel
@@ -157,11 +158,11 @@ def angles(inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | N
     if A:
         HB, BLOCK = min(8, power_of_2(H)), 32
         tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
-        turns_kernel[(chunks, triton.cdiv(H, HB))](
+        at(turns_kernel, (chunks, triton.cdiv(H, HB)))(
             inp.theta.contiguous(), tick, table.chunks, turn, phase, T,
             H=H, A=A, AP=power_of_2(A), L=chunk, LB=8, HB=HB, EXACT=exact, num_warps=1,
         )  # fmt: skip
-        phases_kernel[(sequences, triton.cdiv(H * A, BLOCK))](
+        at(phases_kernel, (sequences, triton.cdiv(H * A, BLOCK)))(
             phase, phi, table.sequences, phi_out, HA=H * A, CB=64, BLOCK=BLOCK, HAS_PHI=phi is not None, num_warps=4
         )
     return Angles(turn, phase, phi_out)
@@ -175,7 +176,7 @@ def coefficients(inp: Inputs, table: Tables, chunk: int, *, backward: bool = Fal
     like = {"device": inp.x.device, "dtype": torch.float32}
     c = Coefficients(*(torch.empty((H, T) if here else (0,), **like) for here in present))
     HB = min(16, power_of_2(H))
-    coefficients_kernel[(table.chunks.shape[0], triton.cdiv(H, HB))](
+    at(coefficients_kernel, (table.chunks.shape[0], triton.cdiv(H, HB)))(
         inp.dt.contiguous(), inp.A.contiguous(), inp.lam.contiguous(), table.chunks, *c, T,
         H=H, L=chunk, HB=HB, EXACT=exact, BACKWARD=backward, num_warps=4,
     )  # fmt: skip
@@ -200,13 +201,13 @@ def entering_states(
     S = torch.empty(count, H, P, N, device=inp.x.device, dtype=torch.float32)
     total = torch.empty(count, H, device=inp.x.device, dtype=torch.float32)
     if table.split:
-        summary_kernel[(H, count)](
+        at(summary_kernel, (H, count))(
             v["x"], v["B"], _parameter(inp.B_bias), _parameter(inp.mimo_x), c.decay, c.decay_low, c.source, c.source_low,
             v["turn"], phase, table.segments, S, total, c.decay.shape[1], v["x_row"], **options,
         )  # fmt: skip
     given = State(*(_flat(v) for v in state)) if state is not None else State(S, S, S, S)
     PB = min(16, power_of_2(P))
-    merge_kernel[(H, table.sequences.shape[0], triton.cdiv(P, PB))](
+    at(merge_kernel, (H, table.sequences.shape[0], triton.cdiv(P, PB)))(
         S, total, given.S, given.x_prev, given.B_prev, _parameter(inp.mimo_x), inp.dt.contiguous(),
         inp.lam.contiguous(), table.sequences, table.sequence_segments,
         H=H, R=sizes.R, P=P, PB=PB, N=N, NP=power_of_2(N), HAS_STATE=state is not None,
@@ -223,7 +224,7 @@ def last_token(inp: Inputs, sizes: Sizes, table: Tables, phi: Tensor) -> tuple[T
     x, x_row = rows(inp.x)
     constants = sizes.matrix()
     del constants["RP"]
-    last_token_kernel[(sizes.H, s)](
+    at(last_token_kernel, (sizes.H, s))(
         x, inp.B.contiguous(), _parameter(inp.B_bias), phi, table.sequences, B_prev, x_prev, x_row,
         **constants, HAS_BIAS_B=inp.B_bias is not None, num_warps=1,
     )  # fmt: skip
@@ -274,7 +275,7 @@ def _scan(
     narrow = not wide and (fused or gate.z is None)
     y = torch.empty(shape, device=inp.x.device, dtype=inp.x.dtype if narrow else torch.float32)
     S = torch.empty(table.sequences.shape[0], H, P, sizes.N, device=inp.x.device, dtype=torch.float32)
-    output_kernel[(H, table.segments.shape[0])](
+    at(output_kernel, (H, table.segments.shape[0]))(
         v["x"], v["z"] if fused else None, v["B"], v["C"], _parameter(inp.B_bias), _parameter(inp.C_bias),
         _parameter(inp.mimo_x), _parameter(gate.mimo_z), _parameter(gate.mimo_o), _parameter(inp.D),
         c.decay, c.decay_low, c.source, c.source_low, c.gamma, v["turn"], phase, S if S_in is None else S_in,
