@@ -124,10 +124,12 @@ def scan(
     last: bool = False,
     gradients: bool = True,
 ) -> None:
-    """Forward and, with `gradients`, backward; `last`: the last state has gradients too."""
+    """Forward and, with `gradients`, backward; `last`: the last state has gradients too. And the state alone of a batch."""
     sequences = b if cu_seqlens is None else len(cu_seqlens) - 1
     inp, gate, given = arguments(b, t, s, dtype, sequences if state else None)
     out = forward.scan(inp, gate, given, cu_seqlens, limits=H100)
+    if cu_seqlens is None:
+        forward.final_state(inp, given, limits=H100)
     if gradients:
         ends = backward.LastState(*out.state[:4]) if last else backward.LastState()
         backward.backward(inp, gate, given, cu_seqlens, torch.empty_like(out.y), ends, limits=H100)

@@ -155,6 +155,23 @@ class _ScanBackward(torch.autograd.Function):
         _refuse(ctx, *grads)
 
 
+class _FinalState(torch.autograd.Function):
+    """phi, S, B_prev, x_prev after each sequence of a dense batch, without a readout; the gradient is that of a scan of which
+    nobody looks at y."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        inp, _, state, _ = _unpacked(tensors, None)
+        ctx.save_for_backward(*tensors)
+        ctx.cu_seqlens, ctx.like_y = None, ((*inp.x.shape[:2], inp.rank, *inp.x.shape[2:]), inp.x.dtype)
+        ctx.set_materialize_grads(False)
+        return tuple(forward.final_state(inp, state)[:4])
+
+    @staticmethod
+    def backward(ctx, *last):
+        return _differentiate(ctx, None, *last, backward_node=_ScanBackward.apply)[:TENSORS]
+
+
 torch.library.register_autograd("mamba3::scan", _differentiate, setup_context=_keep)
 torch.library.register_autograd("mamba3::scan_backward", _refuse)
 
@@ -182,3 +199,13 @@ def scan(inp: Inputs, gate: Gate, state: State | None, cu_seqlens: list[int] | N
         with without_autocast(inp.x.device):
             y = apply_gate(y, gate).to(inp.x.dtype)
     return ScanOutput(y, State(*after, conv=None if state is None else state.conv))
+
+
+def final_state(inp: Inputs, state: State | None) -> State:
+    """The state after a dense batch of sequences; state None is the zero state. C, its bias and D are not looked at."""
+    inp = inp._replace(C=inp.B, C_bias=None, D=None)
+    fields = (None,) * 4 if state is None else state[:4]
+    tensors = (*inp, *Gate()[:3], *fields)
+    if not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)):
+        return forward.final_state(inp, state)
+    return State(*_FinalState.apply(*tensors), conv=None if state is None else state.conv)
