@@ -108,12 +108,8 @@ def run_scan(
     impl: Implementation = "auto",
 ) -> ScanOutput:
     """`scan` for callers that hold its arguments as `Inputs` and `Gate`."""
-    if impl not in ("auto", "triton", *IMPLEMENTATIONS):
-        raise ValueError(f"impl must be auto, triton, {' or '.join(IMPLEMENTATIONS)}; it is {impl!r}.")
     inp, gate, state, boundaries, sizes = check(inp, gate, state, cu_seqlens)
-    reason = _why_not_triton(inp)
-    if impl == "triton" and reason:
-        raise ValueError(f"impl='triton' cannot run here: {reason}. Use impl='auto' or 'chunked'.")
+    reason = _why_not(inp, impl)
     if impl == "triton" or (impl == "auto" and reason is None and _takes_triton(inp, gate, state)):
         from mamba3.ops.triton import library
 
@@ -128,6 +124,38 @@ def run_state(inp: Inputs, state: State | None = None) -> State:
     if _why_not_triton(inp) is None and _takes_triton(inp, gate, state):
         return run_scan(inp, gate, state).state
     return chunked.final_state(inp, state or zero_state(inp, sizes))
+
+
+def final_state(inp: Inputs, impl: Implementation = "auto") -> State:
+    """The state after a dense batch of sequences from the zero state, without a readout; inputs as `check` gives them.
+
+    Raises ValueError where `impl` is unknown or cannot run.
+    """
+    reason = _why_not(inp, impl)
+    if impl == "triton" or (impl == "auto" and reason is None and _takes_triton(inp, Gate(), None) and _plain(inp.x)):
+        from mamba3.ops.triton import library
+
+        return library.final_state(inp, None)
+    sizes = dict(zip("bthp", inp.x.shape, strict=True)) | dict(zip("rgn", inp.B.shape[2:], strict=True))
+    zero = zero_state(inp, sizes | dict(s=inp.x.shape[0], a=inp.theta.shape[-1]))
+    if impl == "reference":
+        return reference.scan(inp, Gate(), zero, None).state
+    return chunked.final_state(inp, zero)
+
+
+def _plain(v: Tensor) -> bool:
+    """Whether an autograd function may see v: no subclass that knows ops alone, and nothing that is being compiled."""
+    return type(v) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def _why_not(inp: Inputs, impl: str) -> str | None:
+    """Why the kernels cannot run, or None. Raises ValueError where they must, or `impl` is unknown."""
+    if impl not in ("auto", "triton", *IMPLEMENTATIONS):
+        raise ValueError(f"impl must be auto, triton, {' or '.join(IMPLEMENTATIONS)}; it is {impl!r}.")
+    reason = _why_not_triton(inp)
+    if impl == "triton" and reason:
+        raise ValueError(f"impl='triton' cannot run here: {reason}. Use impl='auto' or 'chunked'.")
+    return reason
 
 
 def _why_not_triton(inp: Inputs) -> str | None:

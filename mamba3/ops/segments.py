@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mamba3.ops import chunked
 from mamba3.ops.discretize import discretize
 from mamba3.ops.ranks import per_rank
 from mamba3.ops.rotate import rotate_pairs, wrap
+from mamba3.ops.scan import Implementation, final_state
 from mamba3.ops.types import Gate, Inputs, State, without_autocast
-from mamba3.ops.validation import check_inputs
+from mamba3.ops.validation import check
 
 
 class Summary(NamedTuple):
@@ -60,13 +60,14 @@ def summarize(
     B_bias_hrn: Tensor | None = None,
     mimo_x_hrp: Tensor | None = None,
     tick_bth: Tensor | None = None,
+    impl: Implementation = "auto",
 ) -> Summary:
-    """The summary of a segment; arguments as in `mamba3.ops.scan`, which needs C too."""
-    inp, _, zero, _ = check_inputs(
+    """The summary of a segment; arguments as in `mamba3.ops.scan`, which needs C too. auto takes what a scan would take."""
+    inp, *_ = check(
         Inputs(x_bthp, dt_bth, A_bth, lam_bth, theta_bta, B_btrgn, B_btrgn, B_bias_hrn, None, mimo_x_hrp, None, tick_bth),
         Gate(), None, None,
     )  # fmt: skip
-    state = chunked.final_state(inp, zero)
+    state = final_state(inp, impl)
     with without_autocast(inp.x.device):
         c = discretize(inp.dt, inp.A, inp.lam)
         log_decay = c.log_alpha.double().sum(1) if c.log_alpha.device.type != "mps" else c.log_alpha.sum(1)

@@ -21,13 +21,14 @@ FLOATS = {
     "dt", "A_rate", "lam", "tick_bth", "theta", "decay", "decay_low", "source", "source_low", "gamma", "tick", "B_bias",
     "C_bias", "mimo_x", "mimo_z", "mimo_o", "D", "S", "S_in", "S_out", "S_state", "total", "phi", "phi_in", "phi_out",
     "dt_bias", "weight", "bias", "S_start", "turning", "h", "dD", "d_row", "d_column", "d_state", "d_gamma", "d_kept", "d_turn",
+    "dB_parts", "dC_parts",
     "d_mimo_x", "d_mimo_z", "d_mimo_o", "d_theta", "d_tick", "dB_bias", "dC_bias", "d_halo", "d_dt", "d_A", "d_lam",
     "S_final",
 }  # fmt: skip
 INTEGERS = {"live", "chunks", "segments", "sequences", "sequence_segments", "phase", "turned"}
 TURN = {"fp32": "i32", "bf16": "i16"}
-SCALARS = {"eps": "fp32", "has_state": "i32"}
-NUMBERS = {"T", "O", "x_row", "z_row", "bc_row", "rest_row", "row_size", "k_first", "c_first", "t_first", "Tw"}
+SCALARS = {"eps": "fp32", "has_state": "i32", "has_start": "i32"}
+NUMBERS = {"T", "O", "x_row", "z_row", "bc_row", "rest_row", "row_size", "k_first", "c_first", "t_first", "Tw", "heads"}
 
 
 @pytest.mark.slow
@@ -121,7 +122,7 @@ def compile_all(name: str) -> dict[str, int]:
         back = sizes | dict(
             HAS_BIAS_B=True, HAS_MIMO_X=mimo, EXACT=exact, HARDWARE=limits.nvidia and not exact, BULK=False, W=32, NQ=128,
             R=rank, RP=rank, L=chosen.tokens, DTYPE=dtype, HAS_MIMO_Z=mimo, HAS_MIMO_O=mimo, HAS_Z=True, HAS_BIAS_C=True,
-            HAS_D=True, HAS_BIAS=True, HAS_START=True, HAS_END=True, SUMMARY=False,
+            HAS_D=True, HAS_BIAS=True, HAS_END=True, SUMMARY=False,
         )  # fmt: skip
         if not exact and not copies:  # in float32 they take minutes to compile, and impl="auto" does not take them
             used[f"gradient_rows {label}"] = shared(
@@ -130,7 +131,7 @@ def compile_all(name: str) -> dict[str, int]:
             for reverse in (False, True):
                 flags = back | dict(REVERSE=reverse, STAGES=chosen.stages)
                 used[f"states {reverse} {label}"] = shared(states.states_kernel, flags, WARPS, kind)
-            flags = back | dict(UB=chosen.channels, HEADS=64, LEAVING=True, STAGES=chosen.stages_bc)
+            flags = back | dict(UB=chosen.channels, LEAVING=True, STAGES=chosen.stages_bc)
             used[f"gradient_bc {label}"] = shared(gradient_bc.gradient_bc_kernel, flags, WARPS, kind)
         step = sizes | padded | dict(
             A_FLOOR=1e-4, HEAVY_TAIL=True, LAM=-1.0, HAS_BIAS_B=True, HAS_BIAS_C=True, HAS_D=True,

@@ -10,8 +10,8 @@
     decode         one token between the two projections of a layer, in one kernel; decode_ranks for more than one rank
 
 `channels` and `tiles` hold what several of them load and rotate; `tables` and `windows` which tokens each program works on,
-`launch` how large its tiles are. What the backward pass's launches share is `call`; what states before and after a sequence
-add to it, `ends`.
+`launch` how large its tiles are, and `ahead` compiles a first call's kernels side by side. What the backward pass's launches
+share is `call`; what states before and after a sequence add to it, `ends`.
 
 Importing this package does not import triton; `why_not` says whether it can be used.
 """

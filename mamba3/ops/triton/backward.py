@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mamba3.ops.triton.ahead import at
 from mamba3.ops.triton.assembler import sound_assembler
 from mamba3.ops.triton.call import Buffers, Call, Rows, prepare
 from mamba3.ops.triton.ends import LastState, add_turn, given_state, last_token
@@ -52,12 +53,12 @@ def _states(
     """Chunk states of some segments, or their summaries where `total` is given."""
     inp, gate, c, tables = call.inp, call.gate, call.c, call.plan.tables
     vectors, bias = (inp.C, inp.C_bias) if reverse else (inp.B, inp.B_bias)
-    states_kernel[(call.sizes.H, segments[1] - segments[0])](
+    at(states_kernel, (call.sizes.H, segments[1] - segments[0]))(
         inp.x, gate.z, call.dy, vectors, bias, inp.mimo_x, gate.mimo_z, gate.mimo_o, c.decay, c.decay_low, c.weight,
-        call.angles.turn, call.angles.phase, tables.segments, tables.sequences, start, each, end, total, segments[0],
-        c_first, c.decay.shape[1], call.x_row, call.z_row, REVERSE=reverse, SUMMARY=total is not None,
-        HAS_START=start is not None, HAS_END=end is not None, HAS_BIAS=bias is not None, STAGES=call.launch.stages,
-        **call.constants, num_warps=WARPS,
+        call.angles.turn, call.angles.phase, tables.segments, tables.sequences, c.decay if start is None else start,
+        int(start is not None), each, end, total, segments[0], c_first, c.decay.shape[1], call.x_row, call.z_row,
+        REVERSE=reverse, SUMMARY=total is not None, HAS_END=end is not None, HAS_BIAS=bias is not None,
+        STAGES=call.launch.stages, **call.constants, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def _entering(call: Call, state: State | None) -> Tensor | None:
         _states(call, (0, count), 0, None, None, S, total, reverse=False)
     given = State(S, S, S, S) if state is None else State(*(v.contiguous() for v in state[:4]))
     PB = min(16, triton.next_power_of_2(sizes.P))
-    merge_kernel[(sizes.H, tables.sequences.shape[0], triton.cdiv(sizes.P, PB))](
+    at(merge_kernel, (sizes.H, tables.sequences.shape[0], triton.cdiv(sizes.P, PB)))(
         S, total, given.S, given.x_prev, given.B_prev, inp.mimo_x, inp.dt, inp.lam, tables.sequences,
         tables.sequence_segments, H=sizes.H, R=sizes.R, P=sizes.P, PB=PB, N=sizes.N,
         NP=triton.next_power_of_2(sizes.N), HAS_STATE=state is not None, HAS_MIMO_X=inp.mimo_x is not None, num_warps=4,
@@ -92,7 +93,7 @@ def _leaving(call: Call, dS: Tensor | None) -> Tensor | None:
     total = call.dy.new_empty((count, sizes.H), dtype=torch.float32)
     _states(call, (0, count), 0, None, None, S, total, reverse=True)
     BLOCK, PN = 1024, sizes.P * sizes.N
-    reverse_merge_kernel[(sizes.H, tables.sequences.shape[0], triton.cdiv(PN, BLOCK))](
+    at(reverse_merge_kernel, (sizes.H, tables.sequences.shape[0], triton.cdiv(PN, BLOCK)))(
         S, total, dS, tables.sequence_segments, H=sizes.H, PN=PN, BLOCK=BLOCK, HAS_FINAL=dS is not None, num_warps=4
     )
     return S
@@ -122,7 +123,7 @@ def _gradient_rows(
         None if v is None else torch.empty(c1 - c0, H, sizes.R, sizes.P, **like)
         for v in (inp.mimo_x, gate.mimo_z, gate.mimo_o)
     ]
-    gradient_rows_kernel[(H, c1 - c0)](
+    at(gradient_rows_kernel, (H, c1 - c0))(
         inp.x, gate.z, inp.B, inp.C, inp.B_bias, inp.C_bias, inp.mimo_x, gate.mimo_z, gate.mimo_o, inp.D, call.dy,
         c.decay, c.decay_low, c.weight, c.gamma, call.angles.turn, call.angles.phase, S, dS, call.plan.chunks, out.dx,
         out.dz, *of_heads, *out.rows[:5], out.turning, dD, *mimo, c0, window.segments[0], c.decay.shape[1], call.x_row,
@@ -143,18 +144,18 @@ def _gradient_bc(
     blocks, tokens = triton.cdiv(per_group, heads), t1 - t0
     like = dict(device=inp.x.device, dtype=torch.float32)
     shared = [v[t0 * sizes.R : t1 * sizes.R] for v in (out.dB, out.dC)]
-    parts = shared if blocks == 1 else [torch.empty(blocks, *v.shape, **like) for v in shared]
     theta = torch.empty(sizes.G * blocks, tokens, sizes.A, **like)
+    parts = [theta if blocks == 1 else torch.empty(blocks, *v.shape, **like) for v in shared]
     biases = [
         None if bias is None else torch.empty(c1 - c0, sizes.H, sizes.R, sizes.N, **like)
         for bias in (inp.B_bias, inp.C_bias)
     ]
     UB = min(padded(sizes.N), call.launch.channels)
-    gradient_bc_kernel[(sizes.G * blocks, c1 - c0, 2 * triton.cdiv(sizes.N, UB) + (sizes.A > 0))](
-        inp.theta, call.tick, *of_heads, out.turning, call.plan.chunks, *parts, theta, out.rows.tick, *biases, c0, t0,
-        tokens, call.c.decay.shape[1],
+    at(gradient_bc_kernel, (sizes.G * blocks, c1 - c0, 2 * triton.cdiv(sizes.N, UB) + (sizes.A > 0)))(
+        inp.theta, call.tick, *of_heads, out.turning, call.plan.chunks, out.dB, out.dC, *parts, theta, out.rows.tick,
+        *biases, c0, t0, tokens, heads, call.c.decay.shape[1],
         **{name: call.constants[name] for name in ("H", "G", "R", "RP", "N", "A", "W", "L", "EXACT", "HARDWARE", "DTYPE")},
-        UB=UB, HEADS=heads, LEAVING=leaving, HAS_BIAS_B=inp.B_bias is not None, HAS_BIAS_C=inp.C_bias is not None,
+        UB=UB, LEAVING=leaving, HAS_BIAS_B=inp.B_bias is not None, HAS_BIAS_C=inp.C_bias is not None,
         STAGES=call.launch.stages_bc, num_warps=WARPS,
     )  # fmt: skip
     if blocks > 1:
@@ -200,7 +201,7 @@ def _gradient_dt(call: Call, out: Buffers, d_halo: Tensor | None) -> tuple[Tenso
     d_dt, d_A, d_lam = (torch.empty(T, H, device=inp.dt.device, dtype=torch.float32) for _ in range(3))
     d_tick = torch.zeros_like(d_dt) if inp.tick is not None else d_dt
     HB = min(32, triton.next_power_of_2(H))
-    gradient_dt_kernel[(call.plan.chunks.shape[0], triton.cdiv(H, HB))](
+    at(gradient_dt_kernel, (call.plan.chunks.shape[0], triton.cdiv(H, HB)))(
         inp.dt, inp.A, inp.lam, call.c.weight, call.plan.chunks, *out.rows, d_halo, d_dt, d_A, d_lam, d_tick, row, H=H,
         L=call.launch.tokens, HB=HB, HAS_STATE=d_halo is not None, TURNS=call.sizes.A > 0, HAS_TICK=inp.tick is not None,
         EXACT=call.constants["EXACT"], HARDWARE=call.constants["HARDWARE"], num_warps=4,

@@ -12,13 +12,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mamba3.ops.gate import apply_gate
+from mamba3.ops.triton.ahead import at
 from mamba3.ops.triton.assembler import sound_assembler
 from mamba3.ops.triton.coefficients import coefficients_kernel
 from mamba3.ops.triton.last_token import last_token_kernel
 from mamba3.ops.triton.launch import Device, Launch, choose, device_limits, padded, piece, power_of_2, segment_programs
 from mamba3.ops.triton.output import output_kernel
 from mamba3.ops.triton.segments import merge_kernel, summary_kernel
-from mamba3.ops.triton.tables import Tables, tables
+from mamba3.ops.triton.tables import Tables, closed_tables, tables
 from mamba3.ops.triton.turns import phases_kernel, turns_kernel
 from mamba3.ops.types import Gate, Inputs, ScanOutput, State
 
@@ -157,11 +158,11 @@ def angles(inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | N
     if A:
         HB, BLOCK = min(8, power_of_2(H)), 32
         tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
-        turns_kernel[(chunks, triton.cdiv(H, HB))](
+        at(turns_kernel, (chunks, triton.cdiv(H, HB)))(
             inp.theta.contiguous(), tick, table.chunks, turn, phase, T,
             H=H, A=A, AP=power_of_2(A), L=chunk, LB=8, HB=HB, EXACT=exact, num_warps=1,
         )  # fmt: skip
-        phases_kernel[(sequences, triton.cdiv(H * A, BLOCK))](
+        at(phases_kernel, (sequences, triton.cdiv(H * A, BLOCK)))(
             phase, phi, table.sequences, phi_out, HA=H * A, CB=64, BLOCK=BLOCK, HAS_PHI=phi is not None, num_warps=4
         )
     return Angles(turn, phase, phi_out)
@@ -175,7 +176,7 @@ def coefficients(inp: Inputs, table: Tables, chunk: int, *, backward: bool = Fal
     like = {"device": inp.x.device, "dtype": torch.float32}
     c = Coefficients(*(torch.empty((H, T) if here else (0,), **like) for here in present))
     HB = min(16, power_of_2(H))
-    coefficients_kernel[(table.chunks.shape[0], triton.cdiv(H, HB))](
+    at(coefficients_kernel, (table.chunks.shape[0], triton.cdiv(H, HB)))(
         inp.dt.contiguous(), inp.A.contiguous(), inp.lam.contiguous(), table.chunks, *c, T,
         H=H, L=chunk, HB=HB, EXACT=exact, BACKWARD=backward, num_warps=4,
     )  # fmt: skip
@@ -200,13 +201,13 @@ def entering_states(
     S = torch.empty(count, H, P, N, device=inp.x.device, dtype=torch.float32)
     total = torch.empty(count, H, device=inp.x.device, dtype=torch.float32)
     if table.split:
-        summary_kernel[(H, count)](
+        at(summary_kernel, (H, count))(
             v["x"], v["B"], _parameter(inp.B_bias), _parameter(inp.mimo_x), c.decay, c.decay_low, c.source, c.source_low,
             v["turn"], phase, table.segments, S, total, c.decay.shape[1], v["x_row"], **options,
         )  # fmt: skip
     given = State(*(_flat(v) for v in state)) if state is not None else State(S, S, S, S)
     PB = min(16, power_of_2(P))
-    merge_kernel[(H, table.sequences.shape[0], triton.cdiv(P, PB))](
+    at(merge_kernel, (H, table.sequences.shape[0], triton.cdiv(P, PB)))(
         S, total, given.S, given.x_prev, given.B_prev, _parameter(inp.mimo_x), inp.dt.contiguous(),
         inp.lam.contiguous(), table.sequences, table.sequence_segments,
         H=H, R=sizes.R, P=P, PB=PB, N=N, NP=power_of_2(N), HAS_STATE=state is not None,
@@ -223,7 +224,7 @@ def last_token(inp: Inputs, sizes: Sizes, table: Tables, phi: Tensor) -> tuple[T
     x, x_row = rows(inp.x)
     constants = sizes.matrix()
     del constants["RP"]
-    last_token_kernel[(sizes.H, s)](
+    at(last_token_kernel, (sizes.H, s))(
         x, inp.B.contiguous(), _parameter(inp.B_bias), phi, table.sequences, B_prev, x_prev, x_row,
         **constants, HAS_BIAS_B=inp.B_bias is not None, num_warps=1,
     )  # fmt: skip
@@ -248,41 +249,77 @@ def scan(
         return _scan(inp, gate, state, cu_seqlens, launch, limits or device_limits(inp.x.device), wide)
 
 
-def _scan(
+def final_state(
+    inp: Inputs, state: State | None, *, launch: Launch | None = None, limits: Device | None = None
+) -> State:
+    """The state after each sequence of a dense batch, without reading out: segments' summaries, merged. C is not looked at."""
+    with sound_assembler(inp.x.device):
+        begun = _begin(inp, Gate(), state, None, launch, limits or device_limits(inp.x.device), closed=True)
+        sizes, table, turned = begun.sizes, begun.table, begun.angles
+        S = entering_states(inp, begun.v, sizes, table, begun.c, turned.phase, state, begun.options)
+        assert S is not None  # a sequence has two segments at least, one of them empty
+        S = S.index_select(0, table.sequence_segments.sum(1) - 1)
+        B_prev, x_prev = last_token(inp, sizes, table, turned.phi)
+    return State(turned.phi, S, B_prev, x_prev, None if state is None else state.conv)
+
+
+class Begun(NamedTuple):
+    """What the matrix stages of one call share: tables, coefficients, angles, tensors or descriptors, constants."""
+
+    sizes: Sizes
+    table: Tables
+    c: Coefficients
+    angles: Angles
+    v: dict
+    options: dict
+
+
+def _begin(
     inp: Inputs, gate: Gate, state: State | None, cu_seqlens: list[int] | None, launch: Launch | None, limits: Device,
-    wide: bool,
-) -> ScanOutput:  # fmt: skip
+    *, closed: bool = False,
+) -> Begun:  # fmt: skip
+    """closed: with an empty segment after each sequence."""
     b, t, H, P = inp.x.shape
     sizes = Sizes(H, inp.B.shape[-2], inp.rank, P, inp.B.shape[-1], inp.theta.shape[-1])
     boundaries = tuple(range(0, b * t + 1, t)) if cu_seqlens is None else tuple(cu_seqlens)
     launch = launch or choose(limits, inp.x.dtype, inp.rank, suits_bulk(inp, gate, sizes, boundaries))
-    table = tables(boundaries, launch.tokens, segment_programs(limits, H), inp.x.device)
+    made = closed_tables if closed else tables
+    table = made(boundaries, launch.tokens, segment_programs(limits, H), inp.x.device)
 
     c = coefficients(inp, table, launch.tokens)
-    turn, phase, phi = angles(inp, sizes, table, launch.tokens, None if state is None else state.phi.contiguous())
-    v = tiles(inp, gate, sizes, launch, turn)
+    turned = angles(inp, sizes, table, launch.tokens, None if state is None else state.phi.contiguous())
+    v = tiles(inp, gate, sizes, launch, turned.turn)
     exact = inp.x.dtype == torch.float32
     options = dict(
         L=launch.tokens, EXACT=exact, HARDWARE=limits.nvidia and not exact, BULK=launch.bulk, STAGES=launch.stages,
         DTYPE=TRITON_TYPES[inp.x.dtype], HAS_BIAS_B=inp.B_bias is not None, HAS_MIMO_X=inp.mimo_x is not None,
         num_warps=launch.num_warps, **sizes.channels(),
     )  # fmt: skip
-    S_in = entering_states(inp, v, sizes, table, c, phase, state, options)
+    return Begun(sizes, table, c, turned, v, options)
+
+
+def _scan(
+    inp: Inputs, gate: Gate, state: State | None, cu_seqlens: list[int] | None, launch: Launch | None, limits: Device,
+    wide: bool,
+) -> ScanOutput:  # fmt: skip
+    b, t, H, P = inp.x.shape
+    sizes, table, c, turned, v, options = _begin(inp, gate, state, cu_seqlens, launch, limits)
+    S_in = entering_states(inp, v, sizes, table, c, turned.phase, state, options)
 
     fused = gate.z is not None and gate.norm == "none"
     shape = (b, t, H, P) if fused else (b, t, sizes.R, H, P)
     narrow = not wide and (fused or gate.z is None)
     y = torch.empty(shape, device=inp.x.device, dtype=inp.x.dtype if narrow else torch.float32)
     S = torch.empty(table.sequences.shape[0], H, P, sizes.N, device=inp.x.device, dtype=torch.float32)
-    output_kernel[(H, table.segments.shape[0])](
+    at(output_kernel, (H, table.segments.shape[0]))(
         v["x"], v["z"] if fused else None, v["B"], v["C"], _parameter(inp.B_bias), _parameter(inp.C_bias),
         _parameter(inp.mimo_x), _parameter(gate.mimo_z), _parameter(gate.mimo_o), _parameter(inp.D),
-        c.decay, c.decay_low, c.source, c.source_low, c.gamma, v["turn"], phase, S if S_in is None else S_in,
+        c.decay, c.decay_low, c.source, c.source_low, c.gamma, v["turn"], turned.phase, S if S_in is None else S_in,
         int(S_in is not None), table.segments, y, S, c.decay.shape[1], v["x_row"], v["z_row"],
         HAS_BIAS_C=inp.C_bias is not None, HAS_MIMO_Z=fused and gate.mimo_z is not None,
         HAS_MIMO_O=fused and gate.mimo_o is not None, HAS_D=inp.D is not None, HAS_Z=fused, **options,
     )  # fmt: skip
     if gate.z is not None and not fused:
         y = apply_gate(y, gate).to(inp.x.dtype)
-    B_prev, x_prev = last_token(inp, sizes, table, phi)
-    return ScanOutput(y, State(phi, S, B_prev, x_prev, None if state is None else state.conv))
+    B_prev, x_prev = last_token(inp, sizes, table, turned.phi)
+    return ScanOutput(y, State(turned.phi, S, B_prev, x_prev, None if state is None else state.conv))

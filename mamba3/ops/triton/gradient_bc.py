@@ -56,11 +56,11 @@ def put_bias(
 
 @triton.jit
 def sum_of_heads(
-    rows, v, d_bias, i_j, i_row, m_l, head, count, first, GN: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-    UB: tl.constexpr, L: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    rows, v, v_parts, d_bias, i_j, i_t, i_part, blocks, m_l, head, count, first, GN: tl.constexpr, H: tl.constexpr,
+    N: tl.constexpr, UB: tl.constexpr, L: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HAS_BIAS: tl.constexpr,
     STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Channels of B or of C, from `first` on."""
+    """Channels of B or of C, from `first` on: to v from token i_t on or, as one block of several, to v_parts from i_part on."""
     b_sum = tl.zeros((L, RP, UB), tl.float32)
     o_n = first + tl.arange(0, UB)
     for i in tl.range(0, count, num_stages=STAGES):
@@ -70,7 +70,10 @@ def sum_of_heads(
         if HAS_BIAS:
             b_v = tl.reshape(b_v.to(DTYPE), (L * RP, UB))
             put_bias(d_bias, b_v, head + i, i_j, o_n, o_n < N, UB, H, N, L, R, RP, DTYPE)
-    put_part(v, b_sum, i_row, m_l, first, N, GN, UB, L, R, RP)
+    if blocks == 1:
+        put_part(v, b_sum, i_t.to(tl.int64) * R, m_l, first, N, GN, UB, L, R, RP)
+    else:
+        put_part(v_parts, b_sum, i_part * R, m_l, first, N, GN, UB, L, R, RP)
 
 
 @triton.jit
@@ -114,30 +117,33 @@ def sum_of_angles(
     tl.store(d_theta + i_row * A + (o_token[:, None] * A + o_a[None, :]), b_dtheta, mask=m_theta)
 
 
-@triton.jit(do_not_specialize=["c_first", "t_first", "Tw"])
+# How many heads a program sums, and so where the sums go, depends on how many chunks there are: values, so that a new length
+# needs no compilation of its own.
+@triton.jit(do_not_specialize=["c_first", "t_first", "Tw", "heads"])
 def gradient_bc_kernel(
-    theta, tick, dB_rows, dC_rows, dphi_rows, turning, chunks, dB, dC, d_theta, d_tick, dB_bias, dC_bias, c_first,
-    t_first, Tw, T,
+    theta, tick, dB_rows, dC_rows, dphi_rows, turning, chunks, dB, dC, dB_parts, dC_parts, d_theta, d_tick, dB_bias,
+    dC_bias, c_first, t_first, Tw, heads, T,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, A: tl.constexpr,
-    W: tl.constexpr, UB: tl.constexpr, L: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS_B: tl.constexpr,
+    W: tl.constexpr, UB: tl.constexpr, L: tl.constexpr, HAS_BIAS_B: tl.constexpr,
     HAS_BIAS_C: tl.constexpr, LEAVING: tl.constexpr, EXACT: tl.constexpr, HARDWARE: tl.constexpr, STAGES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One program a (block of HEADS heads of a group, chunk of the piece, part): UB channels each of C, then of B; then the
-    angles.
+    """One program a (block of `heads` heads of a group, chunk of the piece, part): UB channels each of C, then of B; then
+    the angles.
 
-    Rows and turning of `gradient_rows_kernel`; LEAVING makes turning that of the state the chunk leaves. Sums of blocks, of
-    Tw tokens from t_first on: dB, dC [block, t r, g, n], d_theta [g block, t, a]; biases [c - c_first, h, r, n]; d_tick [h, t].
+    Rows and turning of `gradient_rows_kernel`; LEAVING makes turning that of the state the chunk leaves. Sums: dB, dC [t r, g,
+    n] or, where a group has several blocks, dB_parts, dC_parts [block, t r, g, n] of Tw tokens from t_first on; of these too
+    d_theta [g block, t, a]; biases [c - c_first, h, r, n]; d_tick [h, t].
     """
     i_all, i_j, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    BLOCKS: tl.constexpr = (H // G + HEADS - 1) // HEADS
     PARTS: tl.constexpr = (N + UB - 1) // UB
-    i_g, i_b = i_all // BLOCKS, i_all % BLOCKS
+    blocks = tl.cdiv(H // G, heads)
+    i_g, i_b = i_all // blocks, i_all % blocks
     i_c = c_first + i_j
     i_t, end = tl.load(chunks + i_c * 5), tl.load(chunks + i_c * 5 + 1)
     m_l = i_t + tl.arange(0, L) < end
-    i_row = (i_b.to(tl.int64) * Tw + (i_t - t_first)) * R
-    head, count = i_g * (H // G) + i_b * HEADS, tl.minimum(HEADS, H // G - i_b * HEADS)
+    i_own = i_b.to(tl.int64) * Tw + (i_t - t_first)
+    head, count = i_g * (H // G) + i_b * heads, tl.minimum(heads, H // G - i_b * heads)
     if i_part >= 2 * PARTS:
         if A > 0:
             sum_of_angles(
@@ -146,11 +152,11 @@ def gradient_bc_kernel(
             )  # fmt: skip
     elif i_part >= PARTS:
         sum_of_heads(
-            dB_rows, dB + i_g * N, dB_bias, i_j, i_row, m_l, head, count, (i_part - PARTS) * UB, G * N, H, N, UB, L, R,
-            RP, HAS_BIAS_B, STAGES, DTYPE,
+            dB_rows, dB + i_g * N, dB_parts + i_g * N, dB_bias, i_j, i_t, i_own, blocks, m_l, head, count,
+            (i_part - PARTS) * UB, G * N, H, N, UB, L, R, RP, HAS_BIAS_B, STAGES, DTYPE,
         )  # fmt: skip
     else:
         sum_of_heads(
-            dC_rows, dC + i_g * N, dC_bias, i_j, i_row, m_l, head, count, i_part * UB, G * N, H, N, UB, L, R, RP,
-            HAS_BIAS_C, STAGES, DTYPE,
+            dC_rows, dC + i_g * N, dC_parts + i_g * N, dC_bias, i_j, i_t, i_own, blocks, m_l, head, count, i_part * UB,
+            G * N, H, N, UB, L, R, RP, HAS_BIAS_C, STAGES, DTYPE,
         )  # fmt: skip

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mamba3.ops.gate import apply_gate
 from mamba3.ops.triton import backward, forward
+from mamba3.ops.triton.ahead import compile_side_by_side, first_of_its_kind
+from mamba3.ops.triton.launch import device_limits
 from mamba3.ops.types import Gate, Inputs, ScanOutput, State, without_autocast
 
 TENSORS = 19  # of scan_op's arguments, those before the options
@@ -24,6 +26,24 @@ def _unpacked(
     inp, gate, fields = Inputs(*tensors[:12]), Gate(*tensors[12:15]), tensors[15:19]  # pyright: ignore[reportArgumentType]
     state = None if fields[0] is None else State(*fields)  # pyright: ignore[reportArgumentType]
     return inp, gate, state, None if cu_seqlens is None else list(cu_seqlens)
+
+
+def compile_ahead(
+    inp: Inputs, gate: Gate, state: State | None, cu_seqlens: list[int] | None, *, wide: bool, recorded: bool
+) -> None:
+    """Compile what a call launches, side by side: forward and, where a gradient is `recorded`, backward, of y alone."""
+    limits = device_limits(inp.x.device)
+
+    def onward(inp: Inputs, gate: Gate, state: State | None) -> None:
+        forward.scan(inp, gate, state, cu_seqlens, limits=limits, wide=wide)
+
+    def back(inp: Inputs, gate: Gate, state: State | None) -> None:
+        (b, t, h, p), dtype = inp.x.shape, torch.float32 if wide else inp.x.dtype
+        dy = inp.x.new_empty((b, t, h, p) if gate.z is not None else (b, t, inp.rank, h, p), dtype=dtype)
+        backward.backward(inp, gate, state, cu_seqlens, dy, backward.LastState(), limits=limits)
+
+    # The longest compilation, of gradient_rows, is to begin early.
+    compile_side_by_side(inp, gate, state, *([back] if recorded else []), onward)
 
 
 def _scan(
@@ -112,6 +132,10 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
+        *tensors, cu_seqlens, wide = inputs
+        call = _unpacked(tensors, cu_seqlens)
+        if first_of_its_kind(*call[:3], wide, True):
+            compile_ahead(*call, wide=wide, recorded=True)
         output = _scan(*inputs)
         _keep(ctx, inputs, output)
         return output
@@ -131,6 +155,23 @@ class _ScanBackward(torch.autograd.Function):
         _refuse(ctx, *grads)
 
 
+class _FinalState(torch.autograd.Function):
+    """phi, S, B_prev, x_prev after each sequence of a dense batch, without a readout; the gradient is that of a scan of which
+    nobody looks at y."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        inp, _, state, _ = _unpacked(tensors, None)
+        ctx.save_for_backward(*tensors)
+        ctx.cu_seqlens, ctx.like_y = None, ((*inp.x.shape[:2], inp.rank, *inp.x.shape[2:]), inp.x.dtype)
+        ctx.set_materialize_grads(False)
+        return tuple(forward.final_state(inp, state)[:4])
+
+    @staticmethod
+    def backward(ctx, *last):
+        return _differentiate(ctx, None, *last, backward_node=_ScanBackward.apply)[:TENSORS]
+
+
 torch.library.register_autograd("mamba3::scan", _differentiate, setup_context=_keep)
 torch.library.register_autograd("mamba3::scan_backward", _refuse)
 
@@ -145,6 +186,8 @@ def scan(inp: Inputs, gate: Gate, state: State | None, cu_seqlens: list[int] | N
     tensors = (*inp, *gate[:3], gate.norm_weight, *fields)
     recorded = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
     if not recorded and not torch.compiler.is_compiling():
+        if first_of_its_kind(inp, gate, state, gate.norm != "none", False):
+            compile_ahead(inp, gate, state, cu_seqlens, wide=False, recorded=False)
         return forward.scan(inp, gate, state, cu_seqlens)
     normed = gate.norm != "none"
     inner = Gate() if normed else gate
@@ -156,3 +199,13 @@ def scan(inp: Inputs, gate: Gate, state: State | None, cu_seqlens: list[int] | N
         with without_autocast(inp.x.device):
             y = apply_gate(y, gate).to(inp.x.dtype)
     return ScanOutput(y, State(*after, conv=None if state is None else state.conv))
+
+
+def final_state(inp: Inputs, state: State | None) -> State:
+    """The state after a dense batch of sequences; state None is the zero state. C, its bias and D are not looked at."""
+    inp = inp._replace(C=inp.B, C_bias=None, D=None)
+    fields = (None,) * 4 if state is None else state[:4]
+    tensors = (*inp, *Gate()[:3], *fields)
+    if not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)):
+        return forward.final_state(inp, state)
+    return State(*_FinalState.apply(*tensors), conv=None if state is None else state.conv)

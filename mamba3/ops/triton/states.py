@@ -86,22 +86,23 @@ def decay_out(
     return b_out, b_total
 
 
-@triton.jit(do_not_specialize=["c_first", "k_first"])
+# has_start is a value, not a case, as in `output_kernel`.
+@triton.jit(do_not_specialize=["c_first", "k_first", "has_start"])
 def states_kernel(
     x, z, dy, B, bias, mimo_x, mimo_z, mimo_o, decay, decay_low, weight, turn, phase, segments, sequences,
-    S_start, S_each, S_end, total, k_first, c_first, T, x_row, z_row,
+    S_start, has_start, S_each, S_end, total, k_first, c_first, T, x_row, z_row,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
     N: tl.constexpr, A: tl.constexpr, W: tl.constexpr, NQ: tl.constexpr, L: tl.constexpr, REVERSE: tl.constexpr,
-    SUMMARY: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SUMMARY: tl.constexpr, HAS_END: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_MIMO_X: tl.constexpr, HAS_MIMO_Z: tl.constexpr, HAS_MIMO_O: tl.constexpr, HAS_Z: tl.constexpr,
     EXACT: tl.constexpr, HARDWARE: tl.constexpr, BULK: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One program a (head, segment from k_first on). B, bias: those of C where REVERSE.
 
     SUMMARY: from the zero state to S_end [k, h, p, n] and total [k, h] (HAS_END too); a sequence's last segment of the
-    direction is skipped. Otherwise from S_start [k, h, p, n], with its states in the order of time in S_each [slot, h, p,
-    n]: a segment of m chunks has m + 1 slots, the last of which is empty going forward. With HAS_END the state after a
-    sequence's last segment of the direction goes to S_end [s, h, p, n].
+    direction is skipped. Otherwise from S_start [k, h, p, n], or from zero unless has_start, with its states in the order of
+    time in S_each [slot, h, p, n]: a segment of m chunks has m + 1 slots, the last of which is empty going forward. With
+    HAS_END the state after a sequence's last segment of the direction goes to S_end [s, h, p, n].
     """
     i_h, i_k = tl.program_id(0), k_first + tl.program_id(1)
     begin, end = tl.load(segments + i_k * 5), tl.load(segments + i_k * 5 + 1)
@@ -115,10 +116,11 @@ def states_kernel(
     else:
         slots = S_each + ((first_chunk - c_first + i_k - k_first).to(tl.int64) * H + i_h) * (P * N)
 
-    if HAS_START:
-        b_S = state_tile(S_start + (i_k.to(tl.int64) * H + i_h) * (P * N), P, P, PP, N, A, W, NQ).to(tl.float32)
-    else:
+    if SUMMARY:
         b_S = tl.zeros((PP, NQ), tl.float32)
+    else:
+        rows = tl.where(has_start > 0, P, 0)
+        b_S = state_tile(S_start + (i_k.to(tl.int64) * H + i_h) * (P * N), rows, P, PP, N, A, W, NQ)
     b_sum = 0.0
     for i in tl.range(0, count, num_stages=STAGES):
         i_j = i

@@ -30,6 +30,19 @@ class Tables(NamedTuple):
         """Whether some sequence has more than one segment."""
         return self.segments.shape[0] > self.sequences.shape[0]
 
+    def closed(self) -> Tables:
+        """With an empty segment at the end of each sequence: what enters it is the sequence's last state."""
+        count = self.sequence_segments.shape[0]
+        own = torch.arange(count, device=self.segments.device, dtype=torch.int32)
+        first, segments = self.sequence_segments.unbind(1)
+        ends = self.sequences[:, 3]
+        empty = torch.stack([ends, ends, self.sequences[:, :2].sum(1), own, own], 1)
+        order = torch.argsort(torch.cat([self.segments[:, 3], own]), stable=True)
+        real = self.segments.clone()
+        real[:, 4] = -1  # no state of these is a sequence's last
+        table = torch.cat([real, empty])[order].to(torch.int32)
+        return self._replace(segments=table, sequence_segments=torch.stack([first + own, segments + 1], 1))
+
 
 def _blocks(begin: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks of `size` in each range begin..end: how many in each, and the range and first element of every block."""
@@ -58,3 +71,10 @@ def tables(boundaries: tuple[int, ...], chunk: int, programs: int, device: torch
         (counts.cumsum(0) - counts, counts),
     )
     return Tables(*(torch.stack(c, dim=1).to(torch.int32).to(device) for c in columns))
+
+
+@lru_cache(maxsize=64)
+def closed_tables(boundaries: tuple[int, ...], chunk: int, programs: int, device: torch.device) -> Tables:
+    """`tables` whose segments leave every sequence's last state to be merged."""
+    host = tables(boundaries, chunk, programs, torch.device("cpu")).closed()
+    return Tables(*(v.contiguous().to(device) for v in host))
