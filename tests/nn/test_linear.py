@@ -127,7 +127,7 @@ def test_padded_columns_are_zeros_whose_gradient_reaches_no_one(padding):
     row = project_aligned(linear, u)
     assert row.shape == (5, 16) and row.stride() == (16, 1) and not row[:, 13:].any()
     row.backward(torch.ones_like(row))
-    assert linear.weight.grad is not None and linear.weight.grad.shape == (13, 40)
+    assert linear.weight.grad is not None and linear.weight.grad.shape == (13, 40) and u.grad is not None
     assert distance(linear.weight.grad, u.sum(0).expand(13, -1)) < 1e-6
     assert distance(u.grad, linear.weight.sum(0).expand(5, -1)) < 1e-6
 
