@@ -82,9 +82,9 @@ def project_aligned(linear: nn.Module, u: Tensor) -> Tensor:
     splits all the columns, the zeros too, has a gradient of the same aligned rows.
     """
     spare = spare_columns(u, linear)
-    if not spare:
+    if not spare or not is_plain(linear):
         return project(linear, u)
-    weight = linear.weight  # pyright: ignore[reportAttributeAccessIssue]  # spare_columns saw that the layer is plain
+    weight: Tensor = linear.weight
     if torch.is_autocast_enabled(u.device.type):  # rounded before it is copied, which is then half as much
         weight = weight.to(torch.get_autocast_dtype(u.device.type))
     return F.linear(u, F.pad(weight, (0, 0, 0, spare)))

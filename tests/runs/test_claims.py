@@ -19,13 +19,17 @@ with claim(Path(sys.argv[1])) as mine:
     time.sleep(600)
 """
 ADDER = """
-import sys
+import sys, time
 from pathlib import Path
 from claims import alone
 place = Path(sys.argv[1])
-for _ in range(200):
+print("ready", flush=True)
+sys.stdin.readline()  # both begin at once
+for _ in range(50):
     with alone(place.with_suffix(".lock")):
-        place.write_text(str(int(place.read_text()) + 1))
+        count = int(place.read_text())
+        time.sleep(0.001)
+        place.write_text(str(count + 1))
 """
 WORKER = """
 import os, signal, sys, time
@@ -93,9 +97,15 @@ def test_a_claim_is_one_processs_until_it_ends_however_it_ends(claims, tmp_path)
 def test_a_file_that_several_change_loses_nothing(tmp_path):
     place = tmp_path / "count"
     place.write_text("0")
-    adders = [python(ADDER, str(place)) for _ in range(2)]
-    assert [adder.wait(120) for adder in adders] == [0, 0]
-    assert place.read_text() == "400"
+    adders = [python(ADDER, str(place), stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    for adder in adders:
+        assert adder.stdout is not None and adder.stdout.readline() == "ready\n"
+    for adder in adders:
+        assert adder.stdin is not None
+        adder.stdin.write("go\n")
+        adder.stdin.flush()
+    assert [adder.communicate(timeout=120) and adder.returncode for adder in adders] == [0, 0]
+    assert place.read_text() == "100"
 
 
 def test_workers_have_a_gpu_each_and_are_told_to_stop(claims, tmp_path, monkeypatch):
