@@ -98,8 +98,9 @@ class Captured:
         self.losses, self.peaks = self.losses[:, index].clone(), [self.peaks[i] for i in rows]
         self._rates = self._replay = None
 
-    def start_stage(self, forward: Forward, groups: list[Group]) -> None:
-        """Take the sequences of the stage in which `count` lies, and capture the step on a GPU."""
+    def start_stage(self, forward: Forward, groups: list[Group], began: int) -> None:
+        """Take the sequences of the stage that began at step `began`, and capture the step on a GPU."""
+        self._began = began
         self._replay = None  # frees the memory of the last stage's graph
         if self._rates is None:
             rates = [[self.settings.rate(step, peak) for peak in self.peaks] for step in range(self.settings.total)]
@@ -144,7 +145,7 @@ class Captured:
 
     def _gradient(self) -> tuple[Tensor, Tensor]:
         """Losses [m] of the next sequences and their gradient [m, P]."""
-        at = self.count.remainder(self.settings.steps)
+        at = (self.count - self._began).remainder(len(self._groups[0].tokens))
         weights = self.weights.detach().requires_grad_()
         total, gradient = None, None
         for group in self._groups:
