@@ -49,10 +49,10 @@ from mamba3.train.tokenizer import load_tokenizer, token_bytes
 FULL, QUICK = Size(vocab_size=8192), Size(vocab_size=64, d_model=32, layers=2, inner=64, headdim=16, d_state=8)
 TRAINING = TrainConfig(
     layout="rows", seq_len=2048, batch_tokens=65_536, dtype="bfloat16", compile=True, min_lr_fraction=0.1,
-    weight_decay=0.1, betas=(0.9, 0.95), clip_norm=1.0, eval_every=0, eval_tokens=0, save_every=200, keep=1,
+    weight_decay=0.1, betas=(0.9, 0.95), clip_norm=1.0, eval_every=0, eval_tokens=0, save_every=200, keep=1, graph=True,
 )  # fmt: skip
 QUICK_TRAINING = dataclasses.replace(
-    TRAINING, seq_len=32, batch_tokens=128, dtype="float32", compile=False, save_every=2
+    TRAINING, seq_len=32, batch_tokens=128, dtype="float32", compile=False, save_every=2, graph=False
 )
 POLL = 0.5  # seconds between two looks at what the other workers are doing
 
@@ -86,7 +86,11 @@ class Race:
         if not options.quick:
             compiled = not options.eager
             self.training = dataclasses.replace(
-                self.training, batch_tokens=options.batch_tokens, micro_tokens=options.micro_tokens, compile=compiled
+                self.training,
+                batch_tokens=options.batch_tokens,
+                micro_tokens=options.micro_tokens,
+                compile=compiled,
+                graph=not options.no_graph,
             )
         self.file = options.out / "compare.json"
         self.cells: dict[str, dict[str, Any]] = {}
@@ -251,7 +255,7 @@ class Race:
             "parameters": model.num_parameters(), "inner": model.inner, **speed(folder), "curve": curve(folder),
             "memory_bytes": {str(n): model.memory_bytes(n) for n in self.options.contexts},
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu", "torch": torch.__version__,
-            "scan": kernel_of(cell.kind, self.device, getattr(torch, config.dtype)),
+            "scan": kernel_of(cell.kind, self.device, getattr(torch, config.dtype)), "graph": trainer.captured is not None,
         }  # fmt: skip
         if self.options.shared:
             result["tokens_per_second"] = None

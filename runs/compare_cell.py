@@ -39,6 +39,9 @@ class Line(Reporter):
     def __init__(self, name: str):
         self.name, self.told, self.loss = name, time.monotonic(), math.nan
 
+    def note(self, message: str) -> None:
+        sys.stderr.write(f"{self.name}: {message}\n")
+
     def started(self, step: int, steps: int) -> None:
         self.steps = steps
         sys.stderr.write(f"{self.name}: from step {step} of {steps}\n")

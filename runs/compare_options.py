@@ -36,6 +36,7 @@ def options_of(description: str | None, arguments: list[str] | None = None) -> a
     parser.add_argument("--batch-tokens", type=int, default=65_536, help="of a step")
     parser.add_argument("--micro-tokens", type=int, default=0, help="tokens of one forward pass, where memory is short")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--no-graph", action="store_true", help="on a GPU, without a CUDA graph of each pass")
     parser.add_argument("--gpus", type=int, help="workers, one a GPU (default: all that there are; on a CPU one)")
     parser.add_argument("--each", type=int, default=1, help="workers a GPU; more than one writes down no tokens/s")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamba3.nn.cuda_graph import record
 from mamba3.tasks.settings import Settings
 from mamba3.tasks.stack import BC_BIASES, NEVER_DECAYED
 
 # (weights [m, P] as `Layout` joins them; tokens [b, t]; positions [b] or [b, q]) to logits [m, b, v] or [m, b, q, v]
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-WARM_UPS = 3
 
 
 class Group(NamedTuple):
@@ -110,16 +110,7 @@ class Captured:
         if self.device.type != "cuda":
             self._replay = self._step
             return
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._gradient()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self._replay = graph.replay
+        self._replay = record(self._step, self._gradient, self.device)
 
     def advance(self, steps: int) -> None:
         """Take so many steps of the stage."""
