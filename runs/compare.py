@@ -109,6 +109,11 @@ class Race:
             return
         self.data = {part: read(self.options.tokens, part) for part in ("train", "val", "test")}
         if self.options.shards:
+            there = len(self.data["train"].shards)
+            if there < self.options.shards:
+                raise SystemExit(
+                    f"--shards {self.options.shards} were asked for, but {there} are there; unpack the others."
+                )
             self.data["train"] = some_shards(self.data["train"], 0, self.options.shards)
         self.corpus = int(self.data["train"].targets)
         tokenizer = load_tokenizer(self.options.tokens)
