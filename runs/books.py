@@ -2,13 +2,16 @@
 
     python runs/books.py build --books BOOKS --out TOKENS      # books_{train_NN,val,test}.jsonl, {"text": ...} a line
     python runs/books.py pack --out TOKENS --to PACKED         # PACKED/{tokenizer.json, *.xz}, each shard below 16 MiB
+    python runs/books.py journeys --packed PACKED --mib 10     # which files go together, a line a journey
     python runs/books.py unpack --packed PACKED --out TOKENS   # elsewhere: whatever shards are there, in order
 
-`unpack` takes the shards from the first on as far as they are there, so that they may come in several journeys; a document
-never lies in two shards. The tokenizer is trained on the training books alone.
+`unpack` takes the shards from the first on as far as they are there, so that they may come in several journeys; what describes
+them comes with the first, and a process that trains on what is there goes on with it undisturbed. A document never lies in two
+shards. The tokenizer is trained on the training books alone.
 """
 
 import argparse
+import io
 import json
 import lzma
 import os
@@ -18,12 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from claims import alone
 
+from mamba3.ops.state_file import replace_file
 from mamba3.train.corpus import Corpus, SplitCorpus
 from mamba3.train.store import Tokens, open_or_build, open_part, shard_name
 from mamba3.train.tokenizer import FILE_NAME, load_tokenizer, train_bpe
 
 PARTS = {"train": "books_train_*.jsonl", "val": "books_val.jsonl", "test": "books_test.jsonl"}
+DESCRIPTION = ("index.json", "train.offsets.npy", "val.offsets.npy")  # of each part's shards
 VOCABULARY, SHARD_TOKENS = 8192, 8_000_000
 
 
@@ -58,35 +64,67 @@ def pack(out: Path, to: Path) -> None:
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda pair: compress(*pair), files))
     for name in PARTS:
-        for file in ("index.json", "train.offsets.npy", "val.offsets.npy"):
+        for file in DESCRIPTION:
             shutil.copy(out / name / file, to / f"{name}.{file}")
+
+
+def journeys(packed: Path, limit: int) -> list[list[Path]]:
+    """The files of `pack` in journeys of at most `limit` bytes: what describes them, the held-out parts, training shards.
+
+    Raises ValueError where a file alone, or all that describes them, is larger.
+    """
+    units = [[packed / FILE_NAME, *(packed / f"{name}.{file}" for name in PARTS for file in DESCRIPTION)]]
+    units += [[file] for name in ("val", "test", "train") for file in sorted(packed.glob(f"{name}.*.xz"))]
+    found: list[list[Path]] = [[]]
+    for files in units:
+        size = sum(file.stat().st_size for file in files)
+        if size > limit:
+            raise ValueError(
+                f"a journey must hold {files[-1].name} and what belongs to it, {size:,} bytes; it is {limit:,}."
+            )
+        if sum(file.stat().st_size for file in found[-1]) + size > limit:
+            found.append([])
+        found[-1] += files
+    return found
 
 
 def unpack(packed: Path, out: Path) -> None:
     """Restore the parts in `out` from the shards that are in `packed`, and from those an earlier call brought."""
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copy(packed / FILE_NAME, out / FILE_NAME)
-    for name in PARTS:
-        folder = out / name
-        folder.mkdir(exist_ok=True)
-        shutil.copy(packed / f"{name}.val.offsets.npy", folder / "val.offsets.npy")
-        index = json.loads((packed / f"{name}.index.json").read_text())
-        offsets = np.load(packed / f"{name}.train.offsets.npy")
-        sizes: list[int] = []
-        for i, size in enumerate(index["tokens"]["train"]):
-            source, target = packed / f"{name}.{shard_name('train', i)}.xz", folder / shard_name("train", i)
-            stated = size * np.dtype(index["dtype"]).itemsize
-            if not _is_whole(target, stated) and source.is_file():
-                partial = target.with_suffix(".partial")
-                partial.write_bytes(lzma.decompress(source.read_bytes()))
-                os.replace(partial, target)
-            if not _is_whole(target, stated):
-                break
-            sizes.append(size)
-        index["tokens"]["train"] = sizes
-        (folder / "index.json").write_text(json.dumps(index))
-        np.save(folder / "train.offsets.npy", offsets[offsets <= sum(sizes)])
-        sys.stdout.write(f"{name}: {len(sizes)} shards, {sum(sizes):,} tokens\n")
+    described = out / "packed"  # what earlier journeys brought of it
+    described.mkdir(parents=True, exist_ok=True)
+    for file in (FILE_NAME, *(f"{name}.{file}" for name in PARTS for file in DESCRIPTION)):
+        if (packed / file).is_file():
+            replace_file(described / file, (packed / file).read_bytes())
+        elif not (described / file).is_file():
+            raise SystemExit(f"{packed} holds no {file}, which belongs to the first journey, and none came before.")
+    with alone(out / ".lock"):
+        replace_file(out / FILE_NAME, (described / FILE_NAME).read_bytes())
+        for name in PARTS:
+            _unpack_part(name, packed, described, out / name)
+
+
+def _unpack_part(name: str, packed: Path, described: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    index = json.loads((described / f"{name}.index.json").read_text())
+    offsets = np.load(described / f"{name}.train.offsets.npy")
+    sizes: list[int] = []
+    for i, size in enumerate(index["tokens"]["train"]):
+        source, target = packed / f"{name}.{shard_name('train', i)}.xz", folder / shard_name("train", i)
+        stated = size * np.dtype(index["dtype"]).itemsize
+        if not _is_whole(target, stated) and source.is_file():
+            partial = target.with_suffix(".partial")
+            partial.write_bytes(lzma.decompress(source.read_bytes()))
+            os.replace(partial, target)
+        if not _is_whole(target, stated):
+            break
+        sizes.append(size)
+    index["tokens"]["train"] = sizes
+    replace_file(folder / "val.offsets.npy", (described / f"{name}.val.offsets.npy").read_bytes())
+    held = io.BytesIO()
+    np.save(held, offsets[offsets <= sum(sizes)])
+    replace_file(folder / "train.offsets.npy", held.getvalue())
+    replace_file(folder / "index.json", json.dumps(index).encode())
+    sys.stdout.write(f"{name}: {len(sizes)} shards, {sum(sizes):,} tokens\n")
 
 
 def _is_whole(file: Path, size: int) -> bool:
@@ -97,7 +135,11 @@ def read(tokens: Path, part: str) -> Tokens:
     """The tokens of "train", "val" or "test" in what `build` or `unpack` wrote."""
     if not (tokens / part / "index.json").is_file():
         raise SystemExit(f"{tokens} holds no {part} tokens; make them with runs/books.py build or unpack.")
-    return open_part(tokens / part, "train")
+    with alone(tokens / ".lock"):  # not while `unpack` writes what belongs together
+        found = open_part(tokens / part, "train")
+    if not found.shards:
+        raise SystemExit(f"of {part} no shard has come to {tokens} yet; unpack the journey that brings it.")
+    return found
 
 
 def some_shards(tokens: Tokens, first: int, last: int) -> Tokens:
@@ -112,21 +154,25 @@ def some_shards(tokens: Tokens, first: int, last: int) -> Tokens:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("build", "pack", "unpack"))
+    parser.add_argument("command", choices=("build", "pack", "journeys", "unpack"))
     parser.add_argument("--books", type=Path, help="folder of the books' JSON lines")
-    parser.add_argument("--out", type=Path, required=True, help="folder of tokens")
+    parser.add_argument("--out", type=Path, default=Path("tokens"), help="folder of tokens")
     parser.add_argument("--to", type=Path, help="folder of compressed shards to write")
     parser.add_argument("--packed", type=Path, help="folder of compressed shards to read")
+    parser.add_argument("--mib", type=float, default=10, help="of a journey at most")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS)
     options = parser.parse_args()
-    needed = {"build": "books", "pack": "to", "unpack": "packed"}[options.command]
+    needed = {"build": "books", "pack": "to", "journeys": "packed", "unpack": "packed"}[options.command]
     if getattr(options, needed) is None:
         parser.error(f"{options.command} needs --{needed}")
     if options.command == "build":
         build(options.books, options.out, options.vocabulary, options.shard_tokens)
     elif options.command == "pack":
         pack(options.out, options.to)
+    elif options.command == "journeys":
+        for files in journeys(options.packed, int(options.mib * 2**20)):
+            sys.stdout.write(" ".join(map(str, files)) + "\n")
     else:
         unpack(options.packed, options.out)
 

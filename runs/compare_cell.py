@@ -11,6 +11,8 @@ from typing import Any
 from mamba3.train import Reporter
 from mamba3.train.report import METRICS, read_metrics
 
+WARMUP = 0.1  # the share of the steps of cells that do not say
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -22,10 +24,12 @@ class Cell:
     tokens: int
     final: bool
     batch_tokens: int = 65_536
+    warmup: float = WARMUP
 
     @property
     def name(self) -> str:
         length = f"{self.tokens / 1e6:g}M.b{self.batch_tokens}"
+        length += "" if self.warmup == WARMUP else f".w{self.warmup:g}"
         return f"{self.kind}.{'final' if self.final else 'sweep'}.{length}.lr{self.rate:g}.s{self.seed}"
 
 
@@ -34,6 +38,9 @@ class Line(Reporter):
 
     def __init__(self, name: str):
         self.name, self.told, self.loss = name, time.monotonic(), math.nan
+
+    def note(self, message: str) -> None:
+        sys.stderr.write(f"{self.name}: {message}\n")
 
     def started(self, step: int, steps: int) -> None:
         self.steps = steps

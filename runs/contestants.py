@@ -12,7 +12,8 @@ DeltaNet, the layer of flash-linear-attention (`pip install flash-linear-attenti
 import importlib.util
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,14 @@ def why_not(kind: str, device: torch.device) -> str | None:
     if kind.startswith("mamba2") and device.type == "cuda" and scan_of(device) == "ours":
         return "Mamba-2 needs the kernels of mamba_ssm or of flash-linear-attention"
     return None
+
+
+@contextmanager
+def sound_kernels(kind: str, device: torch.device) -> Iterator[None]:
+    """Where a kind is trained: flash-linear-attention's kernels compiled by an assembler that is right for them."""
+    taken = kind == "gdn" or (kind.startswith("mamba2") and scan_of(device) == "fla")
+    with peers.sound_kernels(device) if taken else nullcontext():
+        yield
 
 
 def make_mixer(kind: str, size: Size, layer: int) -> nn.Module:

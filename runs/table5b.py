@@ -12,23 +12,26 @@ docs/results/state-tracking.md.
 import argparse
 import json
 import multiprocessing
-import os
-import shutil
+import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import torch
+from claims import Workers, claim, devices, orphaned
 from table5b_figure import TASKS, draw
+from table5b_plans import PARITY_STEPS, finishing, plans
 
 from mamba3.ops.state_file import replace_file
-from mamba3.tasks import make_task
+from mamba3.tasks import make_task, peers
+from mamba3.tasks.fit import RESULTS, require_same
 from mamba3.tasks.models import LAYERS, OTHER_LAYERS, model_config
 from mamba3.tasks.peers import PEERS, peer, why_not
 from mamba3.tasks.plan import Member, Plan
@@ -41,54 +44,9 @@ PAPER = {
     "mamba2": (0.90, 47.81, 0.88), "gdn": (100.00, 99.25, 93.50),
 }  # fmt: skip
 FULL = Settings()
-PARITY_STEPS = 2_500  # of each stage; the paper's 10,000 are --steps 10000
 QUICK = Settings(stages=(5, 9), steps=3, batch=8, ranges=((12, 12), (5, 12), (24, 24)), sequences=32, long_sequences=32)
+FAILED = "failed.txt"
 QUICK_SIZES = {"d_state": 8, "headdim": 16, "layers": 1}
-ROTATION = ("mamba3", "mamba3-rope", "mamba3-norotation")
-ABLATIONS = ("mamba3-euler", "mamba3-trapezoid", "mamba3-nobias", "mamba3-heavytail")
-WINNERS = {4: (8, 5, 3, 3), 2: (8, 4)}  # models of a kind that enter each stage, by the number of stages
-OTHERS = {4: (8, 4, 2, 2), 2: (8, 4)}
-
-
-def plans(settings: Settings, rates: tuple[float, ...], parity_steps: int) -> dict[str, Plan]:
-    """All plans by name, the most wanted first."""
-    found: dict[str, Plan] = {}
-
-    def add(name: str, task: str, d_model: int, kinds: tuple[str, ...], keep: dict[int, tuple[int, ...]]) -> None:
-        members = tuple(Member(kind, rate, 0) for kind in kinds for rate in rates)
-        stages = len(settings.stages)
-        # Grazzi et al.'s repository: no weight decay on parity, 0.1 on arithmetic.
-        own = replace(settings, weight_decay=0.0, steps=parity_steps) if task == "parity" else settings
-        found[f"{task}.{name}.d{d_model}"] = Plan(
-            task, d_model, members, own, keep.get(stages, (8,) * stages), (1,) + (2,) * (stages - 1)
-        )
-
-    hard = TASKS[1:]
-    for task in hard:
-        add("mamba3", task, 64, ("mamba3",), WINNERS)
-    add("rotation", "parity", 64, ROTATION, WINNERS)
-    for task in hard:
-        add("without", task, 64, ROTATION[1:], OTHERS)
-    add("rotation", "parity", 32, ROTATION, WINNERS)
-    for task in hard:
-        add("mamba3", task, 32, ("mamba3",), WINNERS)
-    for d_model in (64, 32):
-        add("mimo", "parity", d_model, ("mamba3-mimo",), WINNERS)
-    for task in hard:
-        add("mimo", task, 64, ("mamba3-mimo",), OTHERS)
-    for kind in ("transformer", "gdn", "mamba2"):
-        for task in TASKS:
-            add(kind, task, 64, (kind,), OTHERS)
-    for task in TASKS:
-        add("allturn", task, 64, ("mamba3-allturn",), OTHERS)
-    add("allturn", "parity", 32, ("mamba3-allturn",), OTHERS)
-    add("ablations", "parity", 64, ABLATIONS, OTHERS)
-    for task in hard:
-        add("ablations", task, 64, ABLATIONS, OTHERS)
-    for task in hard:
-        add("without", task, 32, ROTATION[1:], OTHERS)
-        add("mimo", task, 32, ("mamba3-mimo",), OTHERS)
-    return found
 
 
 def seed_plans(wanted: dict[str, Plan], out: Path, seeds: int) -> Iterator[tuple[str, Plan]]:
@@ -122,67 +80,75 @@ def entrants(plan: Plan, quick: bool, device: torch.device, *, plain: bool = Fal
 
 
 def work(options: argparse.Namespace, wanted: dict[str, Plan]) -> None:
-    """One process: take plans that nobody has taken until none is left or the time ends."""
+    """One process: take plans that nobody is at until none is left or the time ends."""
     device = torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu")
+    told: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: told.append(number))
 
     def late() -> bool:
-        return options.until is not None and time.time() > options.until
+        over = options.until is not None and time.time() > options.until
+        return over or bool(told) or orphaned(options.worker)
+
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(options.readers, mp_context=context) if options.readers else None
+    for name, plan in chain(wanted.items(), seed_plans(wanted, options.out, options.seeds)):
+        if late():
+            break
+        with claim(options.out / "claims" / name) as mine:
+            if mine and not (options.out / name / FAILED).is_file() and not finished(plan, options.out / name):
+                attempt(name, plan, options, device, pool, late)
+    if pool is not None:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def attempt(
+    name: str, plan: Plan, options: argparse.Namespace, device: torch.device, pool: ProcessPoolExecutor | None,
+    late: Callable[[], bool],
+) -> None:  # fmt: skip
+    """Train one plan, or as much of it as the time allows; why it failed is written into its folder."""
 
     def say(text: str) -> None:
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}")
         sys.stderr.flush()
 
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(options.readers, mp_context=context) if options.readers else None
-    for name, plan in chain(wanted.items(), seed_plans(wanted, options.out, options.seeds)):
-        if late() or not claimed(options.out / "claims" / name):
-            continue
-        try:
+    try:
+        with peers.sound_kernels(device) if plan.members[0].kind == "gdn" else nullcontext():
             Sweep(
                 plan, entrants(plan, options.quick, device, plain=options.plain), options.out / name, device,
                 pool=pool, save_every=options.save_every, say=say,
             ).run(late)  # fmt: skip
-        except Exception as error:  # noqa: BLE001 (the others go on, and the table names it)
-            import traceback
-
-            say(f"{name} failed: {type(error).__name__}: {error}\n{traceback.format_exc()}\n")
-            (options.out / name).mkdir(parents=True, exist_ok=True)
-            replace_file(options.out / name / "failed.txt", f"{type(error).__name__}: {error}".encode())
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    if pool is not None:
-        pool.shutdown(wait=False, cancel_futures=True)
+    except Exception as error:  # noqa: BLE001 (the others go on, and the table names it)
+        say(f"{name} failed: {type(error).__name__}: {error}\n{traceback.format_exc()}\n")
+        (options.out / name).mkdir(parents=True, exist_ok=True)
+        replace_file(options.out / name / FAILED, f"{type(error).__name__}: {error}".encode())
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
-def claimed(place: Path) -> bool:
-    """Whether this process is the one that takes the plan."""
-    try:
-        place.mkdir(parents=True)
-    except FileExistsError:
+def finished(plan: Plan, folder: Path) -> bool:
+    """Whether a folder holds the plan's results. Raises ValueError where they are of other settings."""
+    if not (folder / RESULTS).is_file():
         return False
+    require_same(json.loads((folder / RESULTS).read_text())["identity"], plan.identity(), folder)
     return True
 
 
-def lead(options: argparse.Namespace) -> None:
+def lead(options: argparse.Namespace, wanted: dict[str, Plan]) -> None:
     """One working process a GPU, or this one alone on a CPU or for one plan."""
-    shutil.rmtree(options.out / "claims", ignore_errors=True)
-    count = torch.cuda.device_count() if options.device != "cpu" else 0
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = given.split(",") if given else [str(i) for i in range(count)]
-    if count * options.each <= 1:
-        work(options, chosen(options))
+    for name in wanted:
+        with claim(options.out / "claims" / name) as mine:
+            if mine:  # what failed in an earlier call is tried again
+                (options.out / name / FAILED).unlink(missing_ok=True)
+    gpus = devices(options.device)[: options.gpus]
+    count = (len(gpus) or options.gpus or 1) * options.each
+    if count == 1:
+        work(options, wanted)
         return
     share = [f"--until={options.until}"] if options.until else []
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--worker", *share],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": devices[i % count]},
-            stderr=(options.out / f"worker{i}.log").open("ab"),
-        )
-        for i in range(count * options.each)
-    ]
-    for child in children:
-        child.wait()
+    failed = Workers([__file__, *sys.argv[1:], *share], count, gpus, options.out).wait()
+    if failed:
+        sys.stderr.write(f"Workers failed, for the reasons in {', '.join(map(str, failed))}.\n")
 
 
 def chosen(options: argparse.Namespace) -> dict[str, Plan]:
@@ -190,10 +156,12 @@ def chosen(options: argparse.Namespace) -> dict[str, Plan]:
     settings, rates = (QUICK, (1e-3, 1e-2)) if options.quick else (FULL, PAPER_RATES)
     settings = replace(settings, **{k: v for k in ("stages", "steps") if (v := getattr(options, k)) is not None})
     every = plans(settings, rates, options.steps or min(PARITY_STEPS, settings.steps))
+    every |= finishing(settings, options.steps or (settings.steps if options.quick else None))
+    default = finishing(settings) if options.finish else plans(settings, rates, PARITY_STEPS)
     unknown = set(options.only or ()) - every.keys()
     if unknown:
         raise SystemExit(f"plans are {', '.join(every)}; there is no {', '.join(sorted(unknown))}.")
-    wanted = {name: every[name] for name in options.only or every}
+    wanted = {name: every[name] for name in options.only or default}
     return {
         name: plan
         for name, plan in wanted.items()
@@ -219,7 +187,7 @@ def table(wanted: dict[str, Plan], out: Path) -> list[dict]:
             row = {"task": plan.task, "model": kind, "d_model": plan.d_model, "plan": name}
             row["paper"] = printed[TASKS.index(plan.task)] if printed else None
             if results is None:
-                why = (place / "failed.txt").read_text() if (place / "failed.txt").is_file() else None
+                why = (place / FAILED).read_text() if (place / FAILED).is_file() else None
                 rows.append({**row, "failed": why} if why else row)
                 continue
             runs = [run for run in results["runs"] if run["kind"] == kind]
@@ -227,6 +195,9 @@ def table(wanted: dict[str, Plan], out: Path) -> list[dict]:
             first = next(iter(best["scaled"]))
             row |= {"best": best["scaled"], "rate": best["rate"], "runs": runs, "device": results["device"]}
             row["dropped"] = [run for run in results["dropped"] if run["kind"] == kind]
+            same = [run["scaled"][first] for run in runs if run["rate"] == best["rate"]]
+            if len(same) > 1:  # seeds of the best rate that were trained to the end beside it
+                row |= {"seeds": same, "median": statistics.median(same)}
             again = out / f"{name}.seeds" / "results.json"
             if again.is_file():
                 others = [run for run in json.loads(again.read_text())["runs"] if run["kind"] == kind]
@@ -242,25 +213,27 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of plans, in this order")
     parser.add_argument("--stages", nargs="+", type=int, help="longest training sequence of each stage")
     parser.add_argument("--steps", type=int, help="optimizer steps of each stage")
+    parser.add_argument("--finish", action="store_true", help="what the grid left open: see table5b_plans.finishing")
     parser.add_argument("--seeds", type=int, default=1, help="of each finished plan's best rates, when no plan is left")
     parser.add_argument("--minutes", type=float, help="stop by itself after so many")
+    parser.add_argument("--gpus", type=int, help="GPUs to take (default: all that there are)")
     parser.add_argument("--each", type=int, default=1, help="working processes a GPU")
     parser.add_argument("--readers", type=int, default=0, help="processes that make the sequences of each worker")
     parser.add_argument("--plain", action="store_true", help="PyTorch where kernels would do the mixing on a GPU")
     parser.add_argument("--save-every", type=float, default=60.0, help="seconds between checkpoints")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="a few steps of tiny models, to see that all of it runs")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.until is None and options.minutes is not None:
         options.until = time.time() + 60 * options.minutes
     wanted = chosen(options)
-    if options.worker:
+    if options.worker is not None:
         work(options, wanted)
         return
-    lead(options)
+    lead(options, wanted)
     rows = table(wanted, options.out)
     replace_file(
         options.out / "table5b.json", (json.dumps({"quick": options.quick, "rows": rows}, indent=1) + "\n").encode()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import KINDS, MAIN, Contestant, Size, why_not
+from contestants import KINDS, MAIN, Contestant, Size, sound_kernels, why_not
 from ship import shape as shape_that_ships
 
 from mamba3 import Mamba3LM
@@ -159,7 +159,8 @@ def main() -> None:
                 sys.stdout.write(f"{kind} is left out: {reason}.\n")
                 break
             try:
-                row = measure(kind, tokens, options, device)
+                with sound_kernels(kind, device):
+                    row = measure(kind, tokens, options, device)
             except Exception as error:  # noqa: BLE001  # another kind's or size's failure is a result too
                 traceback.print_exc()
                 row = {"kind": kind, "micro_tokens": tokens, "impl": options.impl, "failed": str(error)[:500]}

@@ -113,6 +113,7 @@ def train(
     max_skipped: Annotated[int | None, _setting("max_skipped", "skips in a row that end it", _OPTIMISATION)] = None,
     recompute: Annotated[bool | None, _setting("recompute", "activation checkpointing", _OPTIMISATION)] = None,
     compile: Annotated[bool | None, _setting("compile", "torch.compile around the scan", _OPTIMISATION)] = None,
+    graph: Annotated[bool | None, _setting("graph", "one GPU, rows: a pass is one CUDA graph", _OPTIMISATION)] = None,
 ) -> None:
     """Train a language model from scratch, or go on with the run that the folder holds.
 

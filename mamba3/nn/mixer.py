@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mamba3.nn import init
 from mamba3.nn.fused import fused_rows
-from mamba3.nn.linear import outputs_from, project
+from mamba3.nn.linear import outputs_from, project, project_aligned
 from mamba3.nn.norm import RMSNorm
 from mamba3.nn.short_conv import ShortConv
 from mamba3.ops import triton as kernels
@@ -383,7 +383,10 @@ class Mamba3(nn.Module):
         return state.conv
 
     def _project(self, u: Tensor) -> Projected[Tensor]:
-        return Projected(*project(self.in_proj, u).split(self.splits, dim=-1))
+        row = project_aligned(self.in_proj, u)
+        spare = row.shape[-1] - sum(self.splits)
+        sizes = [*self.splits, spare] if spare else self.splits
+        return Projected(*row.split(sizes, dim=-1)[: len(self.splits)])
 
     def _replace_conv(self, row: Projected[Tensor], mixed: Tensor) -> Projected[Tensor]:
         x, B, C = mixed.split([self.splits.x, self.splits.B, self.splits.C], dim=-1)

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamba3.nn.cuda_graph import record
 from mamba3.tasks.settings import Settings
 from mamba3.tasks.stack import BC_BIASES, NEVER_DECAYED
 
 # (weights [m, P] as `Layout` joins them; tokens [b, t]; positions [b] or [b, q]) to logits [m, b, v] or [m, b, q, v]
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-WARM_UPS = 3
 
 
 class Group(NamedTuple):
@@ -98,8 +98,9 @@ class Captured:
         self.losses, self.peaks = self.losses[:, index].clone(), [self.peaks[i] for i in rows]
         self._rates = self._replay = None
 
-    def start_stage(self, forward: Forward, groups: list[Group]) -> None:
-        """Take the sequences of the stage in which `count` lies, and capture the step on a GPU."""
+    def start_stage(self, forward: Forward, groups: list[Group], began: int) -> None:
+        """Take the sequences of the stage that began at step `began`, and capture the step on a GPU."""
+        self._began = began
         self._replay = None  # frees the memory of the last stage's graph
         if self._rates is None:
             rates = [[self.settings.rate(step, peak) for peak in self.peaks] for step in range(self.settings.total)]
@@ -109,16 +110,7 @@ class Captured:
         if self.device.type != "cuda":
             self._replay = self._step
             return
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._gradient()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self._replay = graph.replay
+        self._replay = record(self._step, self._gradient, self.device)
 
     def advance(self, steps: int) -> None:
         """Take so many steps of the stage."""
@@ -144,7 +136,7 @@ class Captured:
 
     def _gradient(self) -> tuple[Tensor, Tensor]:
         """Losses [m] of the next sequences and their gradient [m, P]."""
-        at = self.count.remainder(self.settings.steps)
+        at = (self.count - self._began).remainder(len(self._groups[0].tokens))
         weights = self.weights.detach().requires_grad_()
         total, gradient = None, None
         for group in self._groups:

@@ -24,6 +24,7 @@ from mamba3.tasks.layered import Layered
 
 PEERS = ("gdn", "mamba2")
 LIBRARY = "fla"  # of gated DeltaNet
+REFUSAL = "TRITON_ABOVE_3_7_1"  # the library's flag that its backward pass asks whether it may run
 
 
 def why_not(kind: str, device: torch.device | str = "cuda") -> str | None:
@@ -57,6 +58,31 @@ def one_configuration() -> Iterator[None]:
         yield
     finally:
         Autotuner.__init__ = made
+
+
+@contextmanager
+def sound_kernels(device: torch.device) -> Iterator[None]:
+    """Where the library's kernels are compiled and run.
+
+    flash-linear-attention 0.6.0 refuses the backward pass of its gated recurrences on Hopper under Triton 3.4 to 3.7.0, where
+    they were wrong. What is wrong is the assembler (`mamba3.ops.triton.assembler`): where Triton brings a newer one, that
+    compiles them within, and the refusal is lifted. Held by `test_the_kernels_of_gated_deltanet_compute_it_and_its_gradient`.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    from mamba3.ops.triton.assembler import replaced, sound_assembler
+
+    refusing: Any = importlib.import_module(f"{LIBRARY}.ops.common.chunk_o")
+    before = getattr(refusing, REFUSAL, None)
+    with sound_assembler(device):
+        if before is not None and replaced(device):
+            setattr(refusing, REFUSAL, True)
+        try:
+            yield
+        finally:
+            if before is not None:
+                setattr(refusing, REFUSAL, before)
 
 
 def _library(module: str) -> Any:

@@ -35,7 +35,8 @@ class Member:
 class Plan:
     """What a sweep is. settings: rates and seeds in it are not read, the members' are. keep: how many models of each kind
     enter each stage, the best by training loss. groups: into how many a step's sequences are cut, stage by stage. data_seed:
-    of the training sequences, which all models share."""
+    of the training sequences, which all models share. A stage that takes more than settings.steps steps reads its sequences
+    again from the first."""
 
     task: str
     d_model: int
@@ -45,6 +46,22 @@ class Plan:
     groups: tuple[int, ...]
     data_seed: int = 0
     precision: str = "high"  # of matrix products in training: "high" lets a GPU shorten them to TF32
+    enough: float = 0.0  # loss at which a stage ends early; 0: every stage takes settings.steps steps
+    least: int = 0  # steps that each later stage keeps, however long the ones before it take
+
+    def stage_end(self, stage: int) -> int:
+        """The step before which a stage ends at the latest. All stages together always take settings.total steps."""
+        stages = len(self.settings.stages)
+        if not self.enough:
+            return (stage + 1) * self.settings.steps
+        return self.settings.total - self.least * (stages - stage - 1)
+
+    def learned(self, stage: int, losses: list[float]) -> bool:
+        """Whether a stage may end early: half of the models that enter the next one have a loss of at most `enough`."""
+        if not self.enough or stage + 1 == len(self.settings.stages):
+            return False
+        half = -(-min(self.keep[stage + 1], len(losses)) // 2)
+        return sum(loss <= self.enough for loss in losses) >= half
 
     def __post_init__(self):
         stages = len(self.settings.stages)
@@ -52,6 +69,11 @@ class Plan:
             raise ValueError(
                 f"keep and groups need a number for each stage, and groups divide the batch; they are {self.keep} and "
                 f"{self.groups} for stages {self.settings.stages} and a batch of {self.settings.batch}."
+            )
+        if self.enough and not 1 <= self.least <= self.settings.steps:
+            raise ValueError(
+                f"a plan whose stages end when they are learned keeps at least 1 and at most steps = {self.settings.steps} "
+                f"steps for each later one; least is {self.least}."
             )
 
     def identity(self) -> dict[str, Any]:

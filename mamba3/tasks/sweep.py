@@ -68,6 +68,7 @@ class Sweep:
         self.pool, self.save_every, self.say = pool, save_every, say
         self.validate_every, self.at_once = validate_every, min(AT_ONCE, validate_every)
         self.task, self.rows = make_task(plan.task), list(range(len(plan.members)))
+        self.begins = [0]  # the step at which each stage began, up to the one that it is in
         self.dropped: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
         self.seconds = 0.0
@@ -94,11 +95,11 @@ class Sweep:
 
     def _curriculum(self, ahead: Executor, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
         """`run` from the stage in which the training is; the sequences of the next stage are made during each."""
-        steps, stages = self.plan.settings.steps, len(self.plan.settings.stages)
-        begin = self._taken() // steps
+        stages = len(self.plan.settings.stages)
+        begin = len(self.begins) - 1
         coming = ahead.submit(stage_groups, self.plan, begin, self.pool) if begin < stages else None
         for stage in range(begin, stages):
-            if self._taken() == stage * steps:
+            if self._taken() == self.begins[stage]:
                 self._drop(stage)
             assert coming is not None
             groups = coming.result()
@@ -108,10 +109,11 @@ class Sweep:
             began = time.perf_counter()
             last = stage + 1 == stages
             torch.set_float32_matmul_precision(self.plan.precision)
-            self.training.start_stage(self.entrants.forward(self.rows, self.device), groups)
+            self.training.start_stage(self.entrants.forward(self.rows, self.device), groups, self.begins[stage])
             self.say(f"{self.folder.name}: captured in {time.perf_counter() - began:.1f} s\n")
-            if not self._train_until((stage + 1) * steps, should_stop):
+            if not self._train_stage(stage, should_stop):
                 return None
+            self.begins.append(self._taken())
             self._save()
             if not last and should_stop():
                 return None
@@ -120,8 +122,9 @@ class Sweep:
     def _taken(self) -> int:
         return int(self.training.count)
 
-    def _train_until(self, end: int, should_stop: Callable[[], bool]) -> bool:
-        """Whether it got there; a checkpoint where not."""
+    def _train_stage(self, stage: int, should_stop: Callable[[], bool]) -> bool:
+        """Whether it got to the stage's end; a checkpoint where not."""
+        end, looks = self.plan.stage_end(stage), max(1, self.validate_every)
         taken, saved, began = self._taken(), time.perf_counter(), time.perf_counter()
         first, before = taken, self.seconds
         forward = self.entrants.forward(self.rows, self.device)
@@ -132,7 +135,9 @@ class Sweep:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             late = should_stop()
-            if taken % self.validate_every == 0 or taken == end:
+            if taken % looks == 0 and self._learned(stage, taken):
+                end = taken
+            if taken % looks == 0 or taken == end:
                 self._validate(forward, taken)
             self.seconds = before + time.perf_counter() - began
             if late or taken % 1000 == 0 or taken == end:
@@ -149,6 +154,13 @@ class Sweep:
                 saved = time.perf_counter()
         return True
 
+    def _learned(self, stage: int, taken: int) -> bool:
+        """Whether the models' mean losses since the last look let the stage end; it has had a whole window."""
+        first = taken - self.validate_every
+        if first < self.begins[stage] or not self.plan.enough:
+            return False
+        return self.plan.learned(stage, self.training.losses[first:taken].mean(0).nan_to_num(torch.inf).tolist())
+
     def _validate(self, forward: Forward, taken: int) -> None:
         """Score the models as they are; keep the weights of those that were never better."""
         found = accuracies(self.task, forward, self.training.weights, self.validation)
@@ -164,7 +176,7 @@ class Sweep:
         taken, members = self._taken(), self.plan.members
         if taken == 0:
             return
-        steps = self.training.losses[taken - self.plan.settings.steps : taken]
+        steps = self.training.losses[self.begins[stage - 1] : taken]
         recent = torch.stack([w.mean(0) for w in steps.split(WINDOW)]).nan_to_num(torch.inf).amin(0).tolist()
         alive = self.training.alive.tolist()
         order = sorted(range(len(self.rows)), key=lambda i: (not alive[i], recent[i] if alive[i] else 0.0))
@@ -228,7 +240,8 @@ class Sweep:
                  "best_of_kind": best[members[row].kind] == i}
                 for i, row in enumerate(self.rows)
             ],
-            "dropped": self.dropped, "validations": self.validations, "training_seconds": round(self.seconds, 1),
+            "dropped": self.dropped, "validations": self.validations, "stage_begins": self.begins[:-1],
+            "training_seconds": round(self.seconds, 1),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "torch": str(torch.__version__),
         }  # fmt: skip
@@ -243,6 +256,7 @@ class Sweep:
         header = {
             "identity": json.dumps(self.plan.identity()), "rows": json.dumps(self.rows), "seconds": str(self.seconds),
             "dropped": json.dumps(self.dropped), "validations": json.dumps(self.validations),
+            "begins": json.dumps(self.begins),
         }  # fmt: skip
         replace_file(self.folder / CHECKPOINT, save(tensors, metadata=header))
 
@@ -257,7 +271,7 @@ class Sweep:
         rows = json.loads(header["rows"])
         if len(rows) < len(self.rows):
             self._keep(rows)
-        self.seconds = float(header["seconds"])
+        self.seconds, self.begins = float(header["seconds"]), json.loads(header["begins"])
         self.dropped, self.validations = json.loads(header["dropped"]), json.loads(header["validations"])
         self.chosen, self.best = tensors.pop("chosen").to(self.device), tensors.pop("best")
         self.training.load(tensors)

@@ -68,7 +68,7 @@ def check_identity(stored: dict[str, Any], current: dict[str, Any], place: Path)
     """ValueError naming every field in which a stored run differs from the one that is asked for."""
     old, new = _flat(stored), _flat(current)
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
-    if differing == ["tokens"]:
+    if "tokens" in differing and {*differing} <= {"tokens", "model.vocab_size"}:
         raise ValueError(
             f"a checkpoint goes on with the tokenizer it began with, but {place} was made with another one: every token "
             "would mean something else. Give the tokenizer.json that lies in the checkpoint, or start over with --restart."
@@ -84,7 +84,12 @@ _ABSENT = "(absent)"
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> str:
-    return "; ".join(f"{name} was {old.get(name, _ABSENT)!r}, is {new.get(name, _ABSENT)!r}" for name in names)
+    said = [
+        f"{name} was {old.get(name, _ABSENT)!r}, is {new.get(name, _ABSENT)!r}" for name in names if name != "tokens"
+    ]
+    if "tokens" in names:  # which hold the tokenizer's digest, and say nothing to a reader
+        said.append("the tokenizer is another one, to which every token means something else")
+    return "; ".join(said)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

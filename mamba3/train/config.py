@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 # A run may be resumed with other values of these: they do not change a loss.
-_BOOKKEEPING = ("eval_every", "eval_tokens", "save_every", "keep", "workers", "shard_tokens", "tensorboard", "parallel")
+_BOOKKEEPING = (
+    "eval_every",
+    "eval_tokens",
+    "save_every",
+    "keep",
+    "workers",
+    "shard_tokens",
+    "tensorboard",
+    "parallel",
+    "graph",
+)
 LAYOUTS = ("packed", "rows", "carry")
 SCHEDULES = ("cosine", "wsd")
 PARALLEL = ("ddp", "fsdp")
@@ -57,6 +67,9 @@ class TrainConfig:
     )
     recompute: bool = False  # activation checkpointing: a block's activations are computed again in the backward pass
     compile: bool = False  # torch.compile what surrounds the scan
+    graph: bool = (
+        False  # on one GPU with layout "rows": a forward and backward pass is one CUDA graph, launched at once
+    )
 
     # Ranks of torchrun
     parallel: str = "ddp"  # "ddp": every rank holds the model; "fsdp": parameters, gradients and averages are sharded

@@ -19,13 +19,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from mamba3.lm.state import LMState
-from mamba3.train import checkpoint, saver
+from mamba3.train import captured, checkpoint, saver
+from mamba3.train.captured import CapturedPass, NotCaptured
 from mamba3.train.carried import empty_carried, pack_carried, unpack_carried
 from mamba3.train.config import TrainConfig
 from mamba3.train.data import Data
 from mamba3.train.evaluate import Evaluation, evaluate
 from mamba3.train.objective import Objective
 from mamba3.train.optim import build_optimizer, empty_optimizer_tensors, optimizer_tensors, restore_optimizer
+from mamba3.train.packing import Batch
 from mamba3.train.plot import can_plot, plot_loss
 from mamba3.train.ranks import Ranks, collective, gradients_summed, spread, whole
 from mamba3.train.report import METRICS, Metrics, Reporter, StepReport, TensorBoard
@@ -97,6 +99,11 @@ class Trainer:
         self.step, self.watch = 0, Watch(config.spike)
         self.carried: dict[int, LMState] = {}  # by the number of the forward pass within a step
         self.saved_step: int | None = None
+        self.captured: CapturedPass | None = None  # made at the first step, from its batch
+        self._wanted = config.graph
+        self._coming: tuple[int, list[tuple[int, Batch]]] | None = (
+            None  # the next step's batches, made while the GPU works
+        )
         if resume_from is not None:
             self._restore(resume_from)
 
@@ -180,30 +187,58 @@ class Trainer:
         rate = configured_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, carried = self._gradients()
+        losses, carried = self._gradients()
         limit = self.config.clip_norm or math.inf
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit)).item()
+        total = whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        if self.step + 1 < self.config.steps:
+            self._coming = self.step + 1, self.data.passes(self.step + 1)
+        mean = torch.zeros((), dtype=torch.float64)
+        for loss in losses:  # the host waits here
+            mean += loss.cpu().double() / len(losses)
+        loss, norm = self.ranks.mean(mean).item(), total.item()
         skipped = self.watch.judge(loss, norm)
         if skipped is None:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.captured is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.captured.clear()
         self.step += 1
         self.carried = carried if skipped is None else {}  # a state of such a step may not be a number either
         self._report(loss, rate, norm, skipped, time.perf_counter() - began)
         return loss
 
-    def _gradients(self) -> tuple[float, dict[int, LMState]]:
-        """The mean loss of the step over all passes and ranks, its gradient left in the parameters; the rows' states."""
-        total, carried = torch.zeros((), dtype=torch.float64), {}
-        passes = self.data.passes(self.step)
+    def _gradients(self) -> tuple[list[torch.Tensor], dict[int, LMState]]:
+        """The losses of the step's passes on this rank, their mean's gradient left in the parameters; the rows' states."""
+        losses, carried = [], {}
+        ahead = self._coming
+        passes = ahead[1] if ahead is not None and ahead[0] == self.step else self.data.passes(self.step)
+        self._coming = None
+        if self._wanted:
+            self._capture(passes[0][1], len(passes))
         for i, (number, batch) in enumerate(passes):
+            if self.captured is not None:
+                losses.append(self.captured(batch))
+                continue
             with gradients_summed(self.objective, i == len(passes) - 1):
                 loss, state = self.objective(batch.to(self.device), self.carried.get(number))
                 (loss / len(passes)).backward()
-            total += loss.detach().cpu().double() / len(passes)
+            losses.append(loss.detach())
             if state is not None:
                 carried[number] = state
-        return self.ranks.mean(total).item(), carried
+        return losses, carried
+
+    def _capture(self, batch: Batch, passes: int) -> None:
+        """Make the pass a CUDA graph, or say why it is none."""
+        self._wanted = False
+        why = captured.why_not(self.config, self.device, self.ranks)
+        if why is None:
+            try:
+                self.captured = CapturedPass(self.objective, batch, passes, self.device)
+            except NotCaptured as error:
+                why = str(error)
+        if why is not None:
+            self.reporter.note(f"Steps are taken without a CUDA graph: {why}.")
 
     def _report(self, loss: float, rate: float, norm: float, skipped: str | None, seconds: float) -> None:
         report = StepReport(

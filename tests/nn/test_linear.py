@@ -1,13 +1,17 @@
 """The shortcuts around linear layers give what the layers give, and pass nothing by that someone put on a layer."""
 
 import copy
+import functools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from mamba3 import Mamba3
-from mamba3.nn.linear import few_rows, outputs_from, project
+from mamba3.nn.linear import few_rows, is_plain, outputs_from, project, project_aligned, spare_columns
 from tests.ops.cases import distance
 
 
@@ -77,3 +81,117 @@ def test_the_last_token_of_a_changed_layer_is_right():
     mixer.in_proj = hooked(mixer.in_proj)
     last, _ = mixer.prefill_last(u)
     assert distance(last, mixer(u)[:, -1:]) < 1e-5
+
+
+@pytest.fixture
+def padding(monkeypatch):
+    """What a GPU in 16 bits does, here: rows of whole 16 bytes. Returns how often it was asked for what it pads."""
+    asked = []
+
+    def spare(u, linear):
+        wanted = -linear.out_features % 8 if is_plain(linear) and linear.bias is None and torch.is_grad_enabled() else 0
+        asked.append(wanted)
+        return wanted
+
+    monkeypatch.setattr("mamba3.nn.linear.spare_columns", spare)
+    return asked
+
+
+def run(mixer, u, **how) -> list[Any]:
+    """(y, gradient of u and of each parameter)."""
+    mixer.zero_grad()
+    u = u.clone().requires_grad_()
+    y = mixer(u, **how)
+    y.square().sum().backward()
+    return [y.detach(), u.grad, *(p.grad.clone() for p in mixer.parameters())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("how", [{}, {"cu_seqlens": [0, 7, 40]}])
+def test_a_layer_with_padded_columns_is_the_layer(padding, dtype, how):
+    mixer = Mamba3(16, d_state=8, headdim=8, dtype=dtype)
+    u = torch.randn(1, 40, 16, dtype=dtype)
+    padded, names = run(mixer, u, **how), {*mixer.state_dict()}
+    assert padding == [2] and mixer.in_proj.out_features % 8 == 6
+    padding.clear()
+    mixer.in_proj.register_forward_hook(lambda *_: None)  # a layer with a hook is called as it is
+    assert {*mixer.state_dict()} == names and mixer.in_proj.weight.shape == (94, 16)
+    bound = 1e-6 if dtype == torch.float32 else 1e-14
+    assert max(distance(a, b) for a, b in zip(padded, run(mixer, u, **how), strict=True)) < bound
+    assert padding == [0]
+
+
+def test_padded_columns_are_zeros_whose_gradient_reaches_no_one(padding):
+    linear = nn.Linear(40, 13, bias=False)
+    u = torch.randn(5, 40, requires_grad=True)
+    row = project_aligned(linear, u)
+    assert row.shape == (5, 16) and row.stride() == (16, 1) and not row[:, 13:].any()
+    row.backward(torch.ones_like(row))
+    assert linear.weight.grad is not None and linear.weight.grad.shape == (13, 40) and u.grad is not None
+    assert distance(linear.weight.grad, u.sum(0).expand(13, -1)) < 1e-6
+    assert distance(u.grad, linear.weight.sum(0).expand(5, -1)) < 1e-6
+
+
+def test_padded_columns_under_autocast_are_those_of_the_layer(padding):
+    linear, u = nn.Linear(40, 13, bias=False), torch.randn(5, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        row, y = project_aligned(linear, u), linear(u)
+    assert row.dtype == y.dtype == torch.bfloat16 and row.shape == (5, 16)
+    assert torch.equal(row[:, :13], y)
+
+
+def test_changed_layers_and_passes_without_gradient_are_not_padded(padding):
+    linear, u = nn.Linear(40, 13, bias=False), torch.randn(5, 40)
+    adapter = Doubled(40, 13, bias=False)
+    for changed in (adapter, hooked(linear), wrapped(linear), nn.Linear(40, 13), nn.Sequential(linear)):
+        assert torch.equal(project_aligned(changed, u), changed(u))
+    with torch.no_grad():
+        assert project_aligned(linear, u).shape == (5, 13)
+    linear.weight = nn.Parameter(linear.weight.detach())
+    assert project_aligned(linear, u).shape == (5, 16)
+
+
+def test_padding_is_for_a_gpu_in_16_bits(monkeypatch):
+    linear = nn.Linear(40, 13, bias=False, dtype=torch.bfloat16)
+    assert spare_columns(torch.randn(5, 40, dtype=torch.bfloat16), linear) == 0
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert spare_columns(on_gpu, linear) == 3
+    assert spare_columns(on_gpu, nn.Linear(40, 16, bias=False, dtype=torch.bfloat16)) == 0
+    assert spare_columns(on_gpu, linear.float()) == 0
+    with torch.no_grad():
+        assert spare_columns(on_gpu, nn.Linear(40, 13, bias=False, dtype=torch.bfloat16)) == 0
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # torch refuses it without a GPU
+    assert spare_columns(on_gpu, linear) == 3
+
+
+def test_padded_layers_are_recomputed_to_the_bit(padding):
+    mixer, u = Mamba3(16, d_state=8, headdim=8), torch.randn(1, 40, 16)
+    plain = run(mixer, u)
+    mixer.forward = functools.partial(recompute, mixer.forward, use_reentrant=False)
+    assert all(torch.equal(a, b) for a, b in zip(run(mixer, u), plain, strict=True))
+    assert padding == [2, 2, 2]  # once, and forward and again
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")  # of torch itself
+def test_padded_layers_compile(padding):
+    mixer, u = Mamba3(16, d_state=8, headdim=8), torch.randn(1, 40, 16)
+    plain = run(mixer, u)
+    mixer._inputs = torch.compile(mixer._inputs, backend="aot_eager")
+    assert max(distance(a, b) for a, b in zip(run(mixer, u), plain, strict=True)) < 1e-5
+    row = torch.compile(project_aligned, fullgraph=True, backend="aot_eager")(mixer.in_proj, u)
+    assert torch.equal(row, project_aligned(mixer.in_proj, u)) and row.shape[-1] == 96
+
+
+@pytest.mark.gpu
+def test_padded_columns_have_the_layers_gradients_on_a_gpu():
+    """Errors against float64, of y and of every gradient, are at most a little above the unpadded layer's in bfloat16."""
+    mixer = Mamba3(64, d_state=16, headdim=16, device="cuda")
+    u = torch.randn(2, 256, 64, device="cuda")
+    truth = run(copy.deepcopy(mixer).double(), u.double())
+    with torch.autocast("cuda", torch.bfloat16):
+        assert spare_columns(u, mixer.in_proj) == -mixer.in_proj.out_features % 8 > 0
+        padded = run(mixer, u)
+        mixer.in_proj.register_forward_hook(lambda *_: None)
+        plain = run(mixer, u)
+    for mine, theirs, exact in zip(padded, plain, truth, strict=True):
+        assert distance(mine.double(), exact) <= 1.2 * distance(theirs.double(), exact) + 1e-6

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,32 @@ def test_shards_travel_in_several_journeys(tmp_path, monkeypatch):
     books.pack(tmp_path / "tokens", tmp_path / "packed")
     whole = books.read(tmp_path / "tokens", "train")
     assert len(whole.shards) > 3
+    files = sorted((tmp_path / "packed").iterdir())
+    limit = sum(file.stat().st_size for file in files if not file.name.startswith("train.train-"))
+    trips = books.journeys(tmp_path / "packed", limit)
+    assert len(trips) > 1 and all(sum(file.stat().st_size for file in trip) <= limit for trip in trips)
+    assert sorted(file for trip in trips for file in trip) == files
+    trips = [trips[0], *([file] for trip in trips[1:] for file in trip)]
+    sent, before = tmp_path / "sent", None
+    for number, trip in enumerate(trips):  # each brings its own files alone
+        shutil.rmtree(sent, ignore_errors=True)
+        sent.mkdir()
+        for file in trip:
+            shutil.copy(file, sent)
+        books.unpack(sent, tmp_path / "trips")
+        if number == 0:
+            assert not list(sent.glob("train.train-*.xz"))
+            with pytest.raises(SystemExit, match="of train no shard has come"):
+                books.read(tmp_path / "trips", "train")
+            continue
+        if before is not None:  # what a process has open stays what it was
+            assert all(a.tolist() == b.tolist() for a, b in zip(before.shards, whole.shards, strict=False))
+        before = books.read(tmp_path / "trips", "train")
+    assert before is not None and len(before.shards) == len(whole.shards)
+    with pytest.raises(SystemExit, match="belongs to the first journey"):
+        books.unpack(sent, tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="a journey must hold"):
+        books.journeys(tmp_path / "packed", 100)
     last = sorted((tmp_path / "packed").glob("train.train-*.xz"))[-1]
     waiting = last.rename(tmp_path / last.name)
     books.unpack(tmp_path / "packed", tmp_path / "there")

@@ -58,6 +58,60 @@ def test_stops_by_itself_and_names_what_is_not_finished(tmp_path):
     assert len(rows) == 4 and not any("best" in row for row in rows)
 
 
+def test_the_finishing_plans_hold_three_seeds_of_the_winners_and_every_missing_row(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import torch
+    from table5b import entrants
+    from table5b_plans import finishing
+
+    from mamba3.tasks.settings import Settings
+
+    found = finishing(Settings())
+    assert list(found)[:2] == ["arithmetic-brackets.mamba3.learned", "arithmetic.mamba3.learned"]
+    for plan in list(found.values())[:2]:
+        assert plan.enough and plan.keep[-1] == 3 and {m.seed for m in plan.members} == {0, 1, 2}
+        assert plan.settings.stages[-1] == 160 and plan.stage_end(0) < plan.settings.total
+    kinds = {(plan.task, member.kind) for plan in found.values() for member in plan.members}
+    for task in ("arithmetic", "arithmetic-brackets"):
+        assert {(task, kind) for kind in ("gdn", "mamba2", "transformer", "mamba3-rope", "mamba3-norotation")} <= kinds
+        assert {(task, f"mamba3-{kind}") for kind in ("euler", "trapezoid", "nobias", "heavytail")} <= kinds
+    assert ("parity", "gdn") in kinds
+    for plan in found.values():
+        if plan.members[0].kind != "gdn":  # all others can be built here: the models of a plan share a stack
+            assert len(entrants(plan, True, torch.device("cpu")).weights) == len(plan.members)
+
+
+def test_two_workers_fill_one_table_and_count_the_seeds_of_the_best_rate(tmp_path):
+    pytest.importorskip("matplotlib")
+    only = ["arithmetic.mamba3.learned", "parity.seeds"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--quick",
+        "--gpus",
+        "2",
+        "--only",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run([*command, *only], env=environment, capture_output=True, text=True, timeout=200, check=True)
+    assert "2 of 2 rows are finished" in done.stdout
+    logs = [(tmp_path / f"worker-{i}.log").read_text() for i in range(2)]
+    assert sum(f"{name}: step" in log for name in only for log in logs) == 2  # each once
+    rows = json.loads((tmp_path / "table5b.json").read_text())["rows"]
+    row = rows[0]
+    assert len(row["seeds"]) == 3 and row["median"] == sorted(row["seeds"])[1]
+    assert max(row["seeds"]) == row["best"]["12-12"]
+    (tmp_path / only[0] / "results.json").unlink()
+    (tmp_path / only[0] / "failed.txt").write_text("an earlier call's")
+    assert "2 of 2" in subprocess.run(
+        [*command, *only], env=environment, capture_output=True, text=True, timeout=200, check=True
+    ).stdout  # fmt: skip
+
+
 @pytest.mark.slow
 def test_goes_on_after_a_kill(tmp_path):
     """Killed in the middle of a plan; what the second process ends with is what an uninterrupted one has."""

@@ -1,5 +1,6 @@
 """Laws of a sweep: its step is the stack's, stopped = uninterrupted, the worst go, the best weights are judged."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ SETTINGS = Settings(
 
 def plan(kinds=("mamba3",), rates=(1e-3, 3e-3), keep=(2, 2), task="arithmetic", **changes):
     members = tuple(Member(kind, rate, 0) for kind in kinds for rate in rates)
-    return Plan(task, 16, members, replace(SETTINGS, **changes), keep, (1, 2))
+    return Plan(task, 16, members, replace(SETTINGS, **changes), keep, (1, *(2,) * (len(keep) - 1)))
 
 
 def models(chosen):
@@ -82,6 +83,34 @@ def test_a_stopped_sweep_goes_on_to_the_same_end(tmp_path, stop_at):
     assert results | {"training_seconds": 0} == expected | {"training_seconds": 0}
     assert not (tmp_path / "cut" / CHECKPOINT).is_file()
     assert run(chosen, tmp_path / "cut", should_stop=lambda: 1 / 0)[1] == results
+
+
+@pytest.mark.parametrize(
+    ("enough", "begins"), [(1e9, [0, 2, 4]), (1e-9, [0, 12, 15])], ids=["all learned at once", "nothing learned"]
+)
+def test_a_stage_ends_when_it_is_learned_and_leaves_the_others_their_steps(tmp_path, enough, begins):
+    """All stages together take as many steps as before, and what is stopped anywhere ends as what is not."""
+    chosen = replace(plan(keep=(2, 2, 2), stages=(9, 13, 17)), enough=enough, least=3)
+    whole, results = run(chosen, tmp_path / "whole", validate_every=2)
+    assert results is not None and results["stage_begins"] == begins
+    assert int(whole.training.count) == chosen.settings.total == 18
+    for stop_at in (0, 1, 5, 6, 7):  # looks at the clock, one every two steps
+        looks, folder = iter(range(100)), tmp_path / f"stopped-{stop_at}"
+        stop = functools.partial(lambda looks, at: next(looks) >= at, looks, stop_at)
+        assert run(chosen, folder, validate_every=2, should_stop=stop)[1] is None
+        again, found = run(chosen, folder, validate_every=2)
+        assert torch.equal(again.training.losses, whole.training.losses)
+        assert found is not None and found["runs"] == results["runs"] and found["stage_begins"] == begins
+
+
+def test_a_stage_is_learned_when_half_of_the_models_that_go_on_have_learned_it():
+    chosen = replace(plan(keep=(4, 3)), enough=0.1, least=2)
+    losses = [0.5, 0.1, 0.05, float("inf")]
+    assert chosen.learned(0, losses)  # two of the three that go on
+    assert not chosen.learned(0, [0.5, 0.11, 0.05, 0.3]) and not chosen.learned(1, losses)
+    assert not replace(chosen, enough=0.0).learned(0, losses)
+    with pytest.raises(ValueError, match="keeps at least 1 and at most steps = 6 steps for each later one; least is 7"):
+        replace(chosen, least=7)
 
 
 def test_the_worst_of_each_kind_are_dropped(tmp_path):
@@ -144,7 +173,7 @@ def test_a_diverged_model_stops_and_the_other_goes_on(tmp_path):
     rows = entrants.weights.clone()
     rows[0, -1] = torch.nan
     training = Captured(entrants.layout, rows, entrants.exist, [1e-3, 3e-3], chosen.settings, CPU)
-    training.start_stage(entrants.forward([0, 1], CPU), stage_groups(chosen, 0, None))
+    training.start_stage(entrants.forward([0, 1], CPU), stage_groups(chosen, 0, None), 0)
     training.advance(4)
     assert training.alive.tolist() == [False, True] and training.losses[:4, 0].isnan().all()
     assert training.weights[0, :-1].equal(rows[0, :-1]) and not training.weights[1].equal(rows[1])

@@ -497,3 +497,23 @@ def test_any_number_of_kills_changes_nothing_on_two_threads(corpus, tmp_path, mo
     assert kill_and_finish(corpus, tmp_path / "killed", 3, [1, 2, 5, 6, 9, 12]) > 2
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+def test_the_tokenizer_of_another_checkpoint_is_named_whatever_its_size(corpus, tmp_path):
+    for size in (280, 300):
+        config = TrainConfig(**{**CONFIG.to_dict(), "tokenizer": "bpe", "vocab_size": size, "steps": 4})
+        prepare(corpus, tmp_path / f"made-{size}", config, shape)
+    first, second = (str(tmp_path / f"made-{size}" / "tokenizer.json") for size in (280, 300))
+    config = TrainConfig(**{**CONFIG.to_dict(), "tokenizer": first, "steps": 4})
+    train(corpus, tmp_path / "run", config)
+    before = weights(tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"goes on with the tokenizer it began with.*every token would mean something else"
+    ):
+        prepare(corpus, tmp_path / "run", TrainConfig(**{**config.to_dict(), "tokenizer": second}), shape)
+    with pytest.raises(
+        ValueError, match=r"train\.lr was .*; the tokenizer is another one.*something else\. Give"
+    ) as told:
+        prepare(corpus, tmp_path / "run", TrainConfig(**{**config.to_dict(), "tokenizer": second, "lr": 1e-4}), shape)
+    assert not any(len(word) == 66 for word in str(told.value).split())  # no digests
+    assert weights(tmp_path / "run") == before

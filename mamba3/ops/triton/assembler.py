@@ -34,6 +34,11 @@ def _replacement(device: torch.device) -> Any:
     return newer
 
 
+def replaced(device: torch.device) -> bool:
+    """Whether `sound_assembler` takes another assembler than Triton would."""
+    return _replacement(device) is not None
+
+
 @contextmanager
 def sound_assembler(device: torch.device) -> Iterator[None]:
     """Kernels that are compiled inside are compiled by an assembler that is known to be right for them."""
