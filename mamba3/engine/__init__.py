@@ -7,16 +7,15 @@ from mamba3.engine.llm import LLM, Completion, Result
 from mamba3.engine.request import Finish, Output, Request, SamplingParams, TokenLogprob
 from mamba3.engine.scheduler import QueueFull
 from mamba3.engine.session import Session, Speech
-from mamba3.engine.session_files import SessionInfo
-from mamba3.engine.sessions import (
-    Lease,
+from mamba3.engine.session_errors import (
     SessionBusy,
     SessionMemoryFull,
     SessionNotSaved,
-    SessionStore,
     TooManySessions,
     UnknownSession,
 )
+from mamba3.engine.session_files import SessionInfo
+from mamba3.engine.sessions import Lease, SessionStore
 
 __all__ = [
     "LLM", "Completion", "Engine", "EngineConfig", "Finish", "Lease", "ModelDraft", "NGramDraft", "Output", "Proposer",

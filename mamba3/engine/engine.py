@@ -12,11 +12,9 @@ An engine belongs to one thread; `serve.background` gives one to many.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,34 +22,22 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mamba3.engine.config import EngineConfig
+from mamba3.engine.counters import Counters
 from mamba3.engine.draft import ModelDraft, NGramDraft, Proposer
 from mamba3.engine.graphs import DecodeGraphs, why_not
-from mamba3.engine.pages import OutOfPages
-from mamba3.engine.paging import Paging, longest_sequence, make_pages
+from mamba3.engine.paging import longest_sequence, make_pages
 from mamba3.engine.prefix_cache import PrefixCache
-from mamba3.engine.request import Finish, FinishReason, Output, Request
+from mamba3.engine.replies import Note, Replies
+from mamba3.engine.request import Output, Request
+from mamba3.engine.rows import Rows
 from mamba3.engine.runner import Runner
-from mamba3.engine.sampler import Choice, Draws, sample, token_logprobs
+from mamba3.engine.sampler import Draws, sample, token_logprobs
 from mamba3.engine.scheduler import Scheduler
-from mamba3.engine.sequence import Mark, Sequence, Stage
+from mamba3.engine.sequence import Sequence, Stage
 from mamba3.engine.state_pool import StatePool
 from mamba3.engine.text import TextFactory
 from mamba3.engine.validation import check_model, check_request
 from mamba3.lm import Mamba3LM
-
-
-@dataclass
-class Counters:
-    """What an engine has done since it was made."""
-
-    steps: int = 0
-    prompt_tokens: int = 0  # read; those that a snapshot spared are not among them
-    cached_tokens: int = 0
-    chosen_tokens: int = 0
-    preemptions: int = 0
-    swaps: int = 0  # sequences whose state left the pages for others' sake
-    guessed_tokens: int = 0
-    right_guesses: int = 0
 
 
 class Engine:
@@ -83,7 +69,6 @@ class Engine:
                 f"{draft.model.config.vocab_size}. Use one trained with the same tokenizer."
             )
         self._draft = draft or NGramDraft()
-        self._requests: dict[str, list[Sequence]] = {}
 
     # -- requests
 
@@ -104,13 +89,12 @@ class Engine:
         outputs = []
         for sequence in list(self._requests.get(request_id, ())):
             if sequence.stage is not Stage.DONE:
-                outputs.append(self._finish(sequence, "aborted"))
+                outputs.append(self._replies.finish(sequence, "aborted"))
         return outputs
 
     def reset(self) -> None:
         """Forget every request and every snapshot: after a step that failed, when rows may hold anything."""
         self.cache.clear()
-        self._requests = {}
         self.pool.clear()
         self._why_no_graphs = self.why_no_graphs
         self._start(self._runner.graphs)
@@ -122,10 +106,14 @@ class Engine:
 
     def _start(self, graphs: DecodeGraphs | None) -> None:
         """What runs over a pool without sequences."""
-        self.scheduler, self._paging, pages = Scheduler(self.config), None, self.pool.pages
-        if pages is not None:
-            self._paging = Paging(self.pool, pages, self.scheduler, self.cache, self._under_way, self._swap_out)
+        self._requests: dict[str, list[Sequence]] = {}
+        self.scheduler, pages = Scheduler(self.config), self.pool.pages
+        self._rows = Rows(self.pool, self.scheduler, self.cache, self._under_way, self.counters)
         self._runner = Runner(self.model, exact=self.config.exact, graphs=graphs, pages=pages)
+        self._replies = Replies(
+            self.config, self._rows, self.scheduler, self.cache, self._requests, self.counters,
+            end_token=self.end_token, longest=None if pages is None else self.pool.max_length,
+        )  # fmt: skip
 
     def capture(self) -> Iterator[tuple[int, int]]:
         """Capture the CUDA graphs that would otherwise be captured when they are first needed: (done, of how many) after each.
@@ -152,9 +140,10 @@ class Engine:
     def step(self) -> list[Output]:
         """One turn of everything under way."""
         self.counters.steps += 1
-        self._preempt()
-        if self._paging is not None:
-            self._paging.give_rows(1 + min(self.config.speculate, self.pool.room))
+        self._rows.preempt()
+        paging = self._rows.paging
+        if paging is not None:
+            paging.give_rows(1 + min(self.config.speculate, self.pool.room))
         due: list[Sequence] = []
         logits: list[Tensor] = []  # [n, v] each; together of those that are due
         outputs = self._speculate() if self.config.speculate and self.scheduler.running else None
@@ -163,13 +152,13 @@ class Engine:
             logits.append(self._runner.step(due, self.pool))
         ready, outputs = self._admit(), outputs or []
         pieces = self.scheduler.pieces()
-        if self._paging is not None:
-            pieces = self._paging.readable(pieces)
+        if paging is not None:
+            pieces = paging.readable(pieces)
         if pieces:
             ready += self._read(pieces)
         for sequence in ready:
             if sequence.request.params.max_tokens == 0:
-                outputs.append(self._finish(sequence, "length"))
+                outputs.append(self._replies.finish(sequence, "length"))
             elif sequence.logits is not None:
                 due.append(sequence)
                 logits.append(sequence.logits[None])
@@ -180,10 +169,11 @@ class Engine:
     def _admit(self) -> list[Sequence]:
         """Admit whoever may be: those whose logits are known already come back, to choose their first token."""
         ready = []
-        admitted = self.scheduler.admit() if self._paging is None else self.scheduler.admit(self._paging.admission())
+        paging = self._rows.paging
+        admitted = self.scheduler.admit() if paging is None else self.scheduler.admit(paging.admission())
         for sequence in admitted:
             if sequence.chosen:  # it was parked
-                self._give_row(sequence)
+                self._rows.give(sequence)
                 continue
             if sequence.read == 0 and sequence.request.start is None:
                 self._look_up(sequence)
@@ -268,61 +258,11 @@ class Engine:
         """The prompt is read: the first continuation's twins come into being, and the state goes into a row if it can."""
         if sequence.index == 0:
             self._fork(sequence)
-        return self._give_row(sequence)
-
-    def _give_row(self, sequence: Sequence) -> bool:
-        """Whether the sequence got a row; where there are no pages for it, it waits on."""
-        assert sequence.state is not None
-        sequence.stage = Stage.WAITING
-        if self._paging is not None and not self._paging.suffice(sequence):
-            self.scheduler.put_back(sequence)
-            return False
-        row = self.pool.add(sequence.state)
-        assert row == len(self.scheduler.running)
-        self.scheduler.running.append(sequence)
-        sequence.state, sequence.stage, sequence.since_admitted = None, Stage.RUNNING, 0
-        return True
-
-    def _preempt(self) -> None:
-        """Park the sequence whose quantum is used up: one copy of its state out of the pool."""
-        sequence = self.scheduler.over_quantum()
-        if sequence is None:
-            return
-        row = self.scheduler.running.index(sequence)
-        try:
-            sequence.state = self.pool.share(row)
-        except OutOfPages:
-            sequence.state = self.pool.read(row).to("cpu")
-        self._free_row(row)
-        sequence.stage = Stage.WAITING
-        self.scheduler.put_back(sequence)
-        self.counters.preemptions += 1
+        return self._rows.give(sequence)
 
     def _under_way(self) -> Iterator[Sequence]:
         """Every sequence, the oldest first."""
         return itertools.chain.from_iterable(self._requests.values())
-
-    def _swap_out(self, sequence: Sequence) -> None:
-        """Take a sequence's state out of its row and out of the pages, for others' sake."""
-        if sequence.stage is Stage.RUNNING:
-            row = self.scheduler.running.index(sequence)
-            sequence.state = self.pool.read(row)
-            self._free_row(row)
-        elif sequence.stage is Stage.PROMPT:
-            self.scheduler.remove(sequence)
-        assert sequence.state is not None and self.pool.pages is not None
-        sequence.state = self.pool.pages.fetch(sequence.state).to("cpu")
-        if sequence.stage is not Stage.WAITING:
-            sequence.stage = Stage.WAITING
-            self.scheduler.put_back(sequence, first=True)
-        self.counters.swaps += 1
-
-    def _free_row(self, row: int) -> None:
-        running = self.scheduler.running
-        self.pool.free(row)
-        last = running.pop()
-        if row < len(running):
-            running[row] = last
 
     def _speculate(self) -> list[Output] | None:
         """Guess what the running sequences say next, read it all, keep what is right. None when nobody has a guess."""
@@ -337,10 +277,9 @@ class Engine:
             choices = sample(logits[alive, place], [running[i].draws for i in alive])
             still = []
             for i, choice in zip(alive, choices, strict=True):
-                text, reason = self._write_down(running[i], choice, unread=place + 1)
-                noted.append((running[i], choice, text, reason))
+                noted.append(self._replies.write_down(running[i], choice, unread=place + 1))
                 counts[i] += 1
-                if reason is None and guesses[i][place : place + 1] == [choice.token]:
+                if noted[-1].reason is None and guesses[i][place : place + 1] == [choice.token]:
                     still.append(i)
             alive = still
             if not alive:
@@ -350,114 +289,19 @@ class Engine:
             pool.advance(row, count)
         self.counters.guessed_tokens += sum(map(len, guesses))
         self.counters.right_guesses += sum(counts) - len(running)
-        return [self._give_out(*note) for note in noted]
+        return self._give_out(noted)
 
     def _choose(self, due: list[Sequence], logits: list[Tensor]) -> list[Output]:
         """A token for each sequence from the logits, [n, v] in all."""
         if not due:
             return []
         choices = sample(logits[0] if len(logits) == 1 else torch.cat(logits), [sequence.draws for sequence in due])
-        noted = [
-            (sequence, choice, *self._write_down(sequence, choice))
-            for sequence, choice in zip(due, choices, strict=True)
-        ]
-        return [self._give_out(*note) for note in noted]
+        return self._give_out([self._replies.write_down(*pair) for pair in zip(due, choices, strict=True)])
 
-    def _write_down(self, sequence: Sequence, choice: Choice, unread: int = 0) -> tuple[str, FinishReason | None]:
-        """A token was chosen: the text that it completes, and why the sequence ends with it if it does.
-
-        unread: tokens chosen before it that the sequence's row has not read.
-        """
-        params, token = sequence.request.params, choice.token
-        sequence.logits = None
-        sequence.chosen.append(token)
-        sequence.draws.note(token)
-        sequence.since_admitted += 1
-        self.counters.chosen_tokens += 1
-        reason: FinishReason | None = None
-        ended = token in params.stop_tokens or (token == self.end_token and not params.ignore_end)
-        text = "" if ended or sequence.text is None else sequence.text.push(token)
-        if not ended and params.stop and sequence.request.keep_state:
-            self._mark(sequence, len(sequence.chosen) - 1 - unread)
-        if ended or (sequence.text is not None and sequence.text.stopped):
-            reason = "stop"
-        elif len(sequence.chosen) >= params.max_tokens or self._is_full(sequence):
-            reason = "length"
-        return text, reason
-
-    def _mark(self, sequence: Sequence, tokens: int) -> None:
-        """Keep the state in the row, which has read so many of the tokens chosen, while a stop string may begin after them.
-
-        After it was found the state would have read a part of it; this one is exact for what is shown.
-        """
-        assert sequence.text is not None
-        if not sequence.text.holds:
-            sequence.mark = None
-            return
-        characters = sequence.text.shown_after(tokens)
-        if characters is not None and (sequence.mark is None or sequence.mark.tokens < tokens):
-            state = self.pool.read(self.scheduler.running.index(sequence))
-            sequence.mark = Mark(state, tokens, characters)
-
-    def _give_out(self, sequence: Sequence, choice: Choice, text: str, reason: FinishReason | None) -> Output:
-        """What the caller hears of a token, and the end of the sequence where it ends."""
-        if reason is None:
-            return self._output(sequence, choice.token, text, choice)
-        return self._finish(sequence, reason, choice.token, text, choice)
-
-    def _is_full(self, sequence: Sequence) -> bool:
-        length = len(sequence.request.history) + len(sequence.tokens) + len(sequence.chosen)
-        return self.pool.pages is not None and length > self.pool.max_length
-
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        token: int | None = None,
-        text: str = "",
-        choice: Choice | None = None,
-    ) -> Output:
-        """End a sequence wherever it is, and give back what it held."""
-        request, finish = sequence.request, Finish(reason)
-        if sequence.text is not None:
-            text += sequence.text.finish()
-        if sequence.stage is Stage.RUNNING:
-            row = self.scheduler.running.index(sequence)
-            if reason != "aborted":
-                finish = self._keep(sequence, row, reason)
-            self._free_row(row)
-        else:
-            self.scheduler.remove(sequence)
-        sequence.stage, sequence.state, sequence.logits, sequence.mark = Stage.DONE, None, None, None
-        output = self._output(sequence, token, text, choice, finish)
-        twins = self._requests[request.id]
-        if all(twin.stage is Stage.DONE for twin in twins):
-            del self._requests[request.id]
-        return output
-
-    def _keep(self, sequence: Sequence, row: int, reason: FinishReason) -> Finish:
-        """The state at the end of a turn, for the one who asked for it and for the cache."""
-        request, text = sequence.request, sequence.text
-        stopped = reason == "stop" and text is not None and text.stopped
-        caches = self.config.cache_bytes and request.start is None and not self.config.exact
-        if caches:
-            with contextlib.suppress(OutOfPages):
-                self.cache.put(request.reader, sequence.seen(), self.pool.share(row))
-        if not request.keep_state:
-            return Finish(reason)
-        if stopped:
-            return Finish(reason) if sequence.mark is None else Finish(reason, *sequence.mark)
-        state = self.pool.read(row)
-        return Finish(reason, state, max(0, len(sequence.chosen) - 1), 0 if text is None else text.characters)
-
-    def _output(
-        self, sequence: Sequence, token: int | None, text: str, choice: Choice | None, finish: Finish | None = None
-    ) -> Output:
-        prompt = ()
-        if sequence.prompt_logprobs and len(sequence.chosen) <= 1:
-            prompt = tuple(sequence.prompt_logprobs)
-        logprob = None if choice is None else choice.logprob
-        return Output(sequence.request.id, sequence.index, token, text, logprob, finish, sequence.cached, prompt)
+    def _give_out(self, noted: list[Note]) -> list[Output]:
+        for note in noted:
+            self._replies.release(note)
+        return [self._replies.give_out(note) for note in noted]
 
     def check(self, request: Request) -> None:
         """Raises ValueError when the request cannot be served, whatever else is under way."""

@@ -8,8 +8,6 @@ do not exist, and what one holds takes no place from the others (`owners`).
 from __future__ import annotations
 
 import logging
-import re
-import secrets
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -22,32 +20,13 @@ import torch
 
 from mamba3.engine import session_files
 from mamba3.engine.session import Session
+from mamba3.engine.session_errors import SessionMemoryFull, SessionNotSaved
 from mamba3.engine.session_files import Key, SessionFiles, SessionInfo
 from mamba3.engine.session_memory import SessionMemory
+from mamba3.engine.session_register import SessionRegister
 from mamba3.lm import Mamba3LM
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _log = logging.getLogger(__name__)
-
-
-class UnknownSession(LookupError):
-    """There is no such session, or it is another owner's."""
-
-
-class SessionBusy(RuntimeError):
-    """A request is under way in the session; wait for its end."""
-
-
-class TooManySessions(RuntimeError):
-    """The owner has as many sessions as one may have; delete some."""
-
-
-class SessionMemoryFull(RuntimeError):
-    """The owner's tokens and texts fill its share of memory, and there is no folder to park them in; delete some."""
-
-
-class SessionNotSaved(RuntimeError):
-    """The file of a session could not be written; session and file are as they were before the call."""
 
 
 class Lease(NamedTuple):
@@ -82,25 +61,18 @@ class SessionStore:
         save_turns: bool = True,
     ):
         self.model, self.budget, self.keep_turns = model, budget, keep_turns
-        self._dtype, self._limit, self._owners = dtype, limit, owners
+        self._dtype, self._owners = dtype, owners
         self._files = None if folder is None else SessionFiles(model, Path(folder), dtype)
         self._saves = save_turns and folder is not None
-        self._changed = threading.Condition()  # guards everything below; held for looking things up, never for a file
-        self._making_room = threading.Lock()
         self._memory = SessionMemory(whole=folder is not None)
-        self._parked: dict[Key, SessionInfo] = {}  # what is in files, sessions in memory included
-        self._names: dict[str, set[str]] = {}  # by place
-        self._in_use: set[Key] = set()
-        self._moving: set[Key] = set()  # in use by the store itself, for a moment
-        for key, info in () if self._files is None else self._files.find():
-            self._parked[key] = info
-            self._names.setdefault(key.place, set()).add(key.id)
+        known = () if self._files is None else self._files.find()
+        self._register = SessionRegister(self._memory, max(1, limit // owners), known)
+        self._changed, self._making_room = self._register.changed, threading.Lock()
 
     # -- all sessions
 
     def __len__(self) -> int:
-        with self._changed:
-            return sum(map(len, self._names.values()))
+        return len(self._register)
 
     @property
     def has_folder(self) -> bool:
@@ -119,15 +91,12 @@ class SessionStore:
 
     def list(self, owner: str) -> list[SessionInfo]:
         """The owner's sessions, by name."""
-        place = Key.of(owner, "").place
-        with self._changed:
-            found = [self._look_up(Key(place, name)) for name in sorted(self._names.get(place, ()))]
-        return [info for info in found if info is not None]
+        return self._register.list(Key.of(owner, "").place)
 
     def park_all(self) -> None:
         """Write every session that is in memory to its file: before the process ends. What cannot be is logged."""
         with self._changed:
-            idle = [key for key in self._memory.keys() if key not in self._in_use]  # noqa: SIM118 (not a dict)
+            idle = [key for key in self._memory.keys() if key not in self._register.in_use]  # noqa: SIM118 (not a dict)
         for key in idle if self._files is not None else ():
             try:
                 self._park(key)
@@ -143,7 +112,7 @@ class SessionStore:
 
     def info(self, owner: str, id: str) -> SessionInfo:
         """As things stood when the last request in the session ended. Raises UnknownSession."""
-        return self._known(Key.of(owner, id))
+        return self._register.known(Key.of(owner, id))
 
     @contextmanager
     def use(self, owner: str, id: str) -> Iterator[Session]:
@@ -164,14 +133,14 @@ class SessionStore:
         """The beginning of `use`."""
         key = Key.of(owner, id)
         with self._changed:
-            self._begin(key)
+            self._register.begin(key)
             session = self._memory.get(key)
         if session is None:
             try:
                 assert self._files is not None
                 session = self._files.read(key, owner)
             except BaseException:
-                self._end(key)
+                self._register.end(key)
                 raise
             with self._changed:
                 self._memory.put(key, session)
@@ -228,21 +197,21 @@ class SessionStore:
         """Forget the session, its file too."""
         key = Key.of(owner, id)
         with self._changed:
-            self._begin(key)
+            self._register.begin(key)
         try:
             if self._files is not None:
                 self._files.delete(key)
             with self._changed:
-                self._forget(key)
+                self._register.forget(key)
         finally:
-            self._end(key)
+            self._register.end(key)
 
     def park(self, owner: str, id: str) -> SessionInfo:
         """Write the session to its file and take it out of memory. SessionNotSaved when that fails: it stays as it was."""
         key = Key.of(owner, id)
         self._need_folder()
         self._park(key)
-        return self._known(key)
+        return self._register.known(key)
 
     def save(self, owner: str, id: str) -> None:
         """Write the session to its file and keep it in memory."""
@@ -274,77 +243,29 @@ class SessionStore:
             path.write_bytes(data)
             return self.import_(path, owner, id)
 
-    # -- names, under the lock
-
-    def _look_up(self, key: Key) -> SessionInfo | None:
-        return self._memory.info(key) or self._parked.get(key)
-
-    def _known(self, key: Key) -> SessionInfo:
-        with self._changed:
-            info = self._look_up(key)
-        if info is None:
-            raise UnknownSession(f"There is no session {key.id!r}.")
-        return info
-
-    def _begin(self, key: Key) -> None:
-        """Have the session for oneself. What the store does with it by itself is waited for, a request is not."""
-        while key in self._moving:
-            self._changed.wait()
-        self._known(key)
-        if key in self._in_use:
-            raise SessionBusy(f"A request is under way in session {key.id!r}; wait for its end, or fork the session.")
-        self._in_use.add(key)
-
-    def _end(self, key: Key) -> None:
-        with self._changed:
-            self._in_use.discard(key)
-            self._moving.discard(key)
-            self._changed.notify_all()
-
-    def _forget(self, key: Key) -> None:
-        self._memory.pop(key)
-        self._parked.pop(key, None)
-        self._names[key.place].discard(key.id)
-        if not self._names[key.place]:
-            del self._names[key.place]
-
-    def _reserve(self, session: Session, id: str | None) -> Key:
-        """A free name for a session that is being made."""
-        name = f"session-{secrets.token_hex(8)}" if id is None else id
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"A session's name has 1 to 64 letters, digits, - or _; it is {name!r}.")
-        key = Key.of(session.owner, name)
-        names, share = self._names.get(key.place, set()), max(1, self._limit // self._owners)
-        if len(names) >= share:
-            raise TooManySessions(f"You have {len(names)} sessions, and may have {share}; delete some.")
-        if name in names:
-            raise ValueError(f"There is a session {name!r} already; choose another name, or delete it.")
-        self.check_memory(session.owner, session.record_bytes)
-        self._names.setdefault(key.place, set()).add(name)
-        self._in_use.add(key)
-        return key
-
     # -- sessions in and out
 
     def _add(self, session: Session, id: str | None, source: Session | None = None) -> SessionInfo:
         """Let a new session be there, in its file too; source: of which it is a copy, and which is in use."""
         with self._changed:
-            key = self._reserve(session, id)
-            session.id = key.id
-            self._count_at_once(session)
+            key = self._register.reserve(session, id)
+        session.id = key.id
         try:
+            with self._changed:  # no two sessions take the same room
+                self.check_memory(session.owner, session.record_bytes)
+                self._count_at_once(session)
             if self._saves:
                 self._write(session, source)
             with self._changed:
                 self._memory.put(key, session)
         except BaseException:
             with self._changed:
-                self._forget(key)
+                self._register.forget(key)
             raise
         finally:
-            self._end(key)
+            self._register.end(key)
         self._make_room()
-        return self._known(key)
+        return self._register.known(key)
 
     def _count_at_once(self, session: Session) -> None:
         """Where memory is all there is, what was found to fit takes its room before anyone else looks."""
@@ -366,7 +287,7 @@ class SessionStore:
                 ) from error
         session.saved = True
         with self._changed:
-            self._parked[key] = info
+            self._register.parked[key] = info
 
     def _link(self, session: Session, source: Session | None) -> SessionInfo | None:
         """The file of a session that begins as another one: the same file, where that says the same."""
@@ -379,18 +300,18 @@ class SessionStore:
         except OSError:  # not every file system can
             return None
         with self._changed:
-            return replace(self._parked[old], id=new.id)
+            return replace(self._register.parked[old], id=new.id)
 
     def _give_back(self, session: Session) -> None:
         key = Key.of(session.owner, session.id)
         with self._changed:
             self._memory.put(key, session)
-        self._end(key)
+        self._register.end(key)
         self._make_room()
 
     def _park(self, key: Key) -> None:
         with self._changed:
-            self._begin(key)
+            self._register.begin(key)
             session = self._memory.get(key)
         try:
             if session is not None and not session.saved:
@@ -398,7 +319,7 @@ class SessionStore:
             with self._changed:
                 self._memory.pop(key)
         finally:
-            self._end(key)
+            self._register.end(key)
 
     def _make_room(self) -> None:
         """Park, or give up, what is over the budget. What goes wrong there is of another session than the caller's: no error
@@ -416,7 +337,7 @@ class SessionStore:
     def _let_go(self) -> bool:
         """Give something up if there is too much; whether there was."""
         with self._changed:
-            victim = self._memory.first(lambda key: key not in self._in_use)
+            victim = self._memory.first(lambda key: key not in self._register.in_use)
             if self._memory.nbytes <= self.budget or victim is None:
                 return False
             key, session = victim
@@ -427,14 +348,14 @@ class SessionStore:
             if session.saved:
                 self._memory.pop(key)
                 return True
-            self._in_use.add(key)
-            self._moving.add(key)
+            self._register.in_use.add(key)
+            self._register.moving.add(key)
         try:
             self._write(session)
             with self._changed:
                 self._memory.pop(key)
         finally:
-            self._end(key)
+            self._register.end(key)
         return True
 
     def _need_folder(self) -> None:

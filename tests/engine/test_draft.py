@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba3.engine import LLM, Engine, EngineConfig, ModelDraft, NGramDraft, Request, SamplingParams
+from mamba3.train.tokenizer import byte_tokenizer
 from tests.engine.cases import Arrival, arrivals, configs, model, play
 from tests.engine.test_engine import COPIES, SEEDED, check_greedy
 from tests.lm.test_model import KINDS, tiny
@@ -75,6 +76,23 @@ def test_drawn_tokens_with_guesses_are_those_without(config, script, who):
     plain = play(Engine(model(), config), script)
     guessed = play(Engine(model(), replace(config, speculate=3), draft=draft), script)
     assert {key: o.tokens for key, o in plain.items()} == {key: o.tokens for key, o in guessed.items()}
+
+
+@pytest.mark.parametrize("stop", [(), ("zzz",)])
+def test_the_text_of_right_guesses_is_that_of_the_tokens(stop):
+    """Bytes that are no characters come with the tokens that show it, those of a guess that ends the text too."""
+    tokenizer = byte_tokenizer()
+    lm = tiny(vocab_size=tokenizer.get_vocab_size())
+    params = [SamplingParams(max_tokens=11, temperature=1.0, seed=seed, stop=stop) for seed in range(20)]
+    plain, guessed = (
+        play(
+            Engine(lm, EngineConfig(rows=4, speculate=n), tokenizer, draft=ModelDraft(lm)),
+            [Arrival(0, [1, 2], p) for p in params],
+        )
+        for n in (0, 4)
+    )
+    for key, outcome in plain.items():
+        assert (outcome.tokens, outcome.text) == (guessed[key].tokens, guessed[key].text)
 
 
 def test_right_guesses_save_steps():

@@ -409,7 +409,7 @@ def test_many_threads_leave_every_session_whole(tmp_path, with_folder, save_turn
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and not store._in_use and not store._moving and len(store) == len(names)
+    assert not wrong and not store._register.in_use and not store._register.moving and len(store) == len(names)
     for name in names:
         with store.use("", name) as session:
             assert session.text == "".join(f"{i}," for i in range(len(session.turns)))

@@ -90,7 +90,7 @@ def test_streams_are_turns_too_and_what_breaks_off_is_none(server):
     stream.close()
     assert server.idle()
     for _ in range(100):  # it is given back beside the event loop
-        if not server.service.sessions._in_use:
+        if not server.service.sessions._register.in_use:
             break
         threading.Event().wait(0.05)
     info = server.call("GET", "/v1/sessions/s")[2]
@@ -157,7 +157,7 @@ def test_a_session_is_in_use_until_its_file_is_written(tmp_path, monkeypatch):
             assert server.call("GET", path, timeout=10)[0] == 200
         go_on.set()
         for _ in range(200):
-            if not server.service.sessions._in_use:
+            if not server.service.sessions._register.in_use:
                 break
             threading.Event().wait(0.02)
         monkeypatch.undo()
