@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,12 @@ class Draws:
         """A token was chosen."""
         self.count += 1
         self.chosen[token] += 1
+
+    def after(self, tokens: Sequence[int]) -> Draws:
+        """What the choice after these tokens would depend on, if they were chosen; this one where there are none."""
+        if not tokens:
+            return self
+        return replace(self, count=self.count + len(tokens), chosen=self.chosen + Counter(tokens))
 
     @property
     def key(self) -> int:

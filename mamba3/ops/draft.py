@@ -68,9 +68,9 @@ def verify(inp: Inputs, gate: Gate, state: State) -> tuple[Tensor, Factors]:
     wide, (b, t), h, r = inp.wide, inp.x.shape[:2], state.S.shape[1], inp.rank
     with without_autocast(inp.x.device):
         into, weights = _decay(inp)
-        exact = phase_dtype(state.phi.device)
-        turned = inp.theta.unsqueeze(2) * (inp.dt if inp.tick is None else inp.tick).unsqueeze(-1)
-        phi = wrap(state.phi.to(exact).unsqueeze(1) + turned.to(exact).cumsum(1)).to(wide)
+        exact, tick = phase_dtype(state.phi.device), inp.dt if inp.tick is None else inp.tick
+        turned = inp.theta.to(exact).unsqueeze(2) * tick.to(exact).unsqueeze(-1)
+        phi = wrap(state.phi.to(exact).unsqueeze(1) + turned.cumsum(1)).to(wide)
         B, C = _rotated(inp, phi)
         B = torch.cat([state.B_prev.to(B.dtype).unsqueeze(1), B], dim=1)
         x = torch.cat([state.x_prev.to(inp.x.dtype).unsqueeze(1), inp.x], dim=1)
@@ -102,6 +102,7 @@ def accept(factors: Factors, state: State, counts: Tensor) -> None:
     x = x.masked_fill_(later[:, :, None, None, None], 0)
     B = factors.B.to(wide).masked_fill(later[:, :, None, None, None], 0)
     S = state.S.mul_(factors.into[at[0], :, counts][..., None, None]).flatten(0, 1)
-    S.baddbmm_(_columns(x).transpose(1, 2), _columns(B))
+    with without_autocast(S.device):
+        S.baddbmm_(_columns(x).transpose(1, 2), _columns(B))
     for mine, theirs in ((state.phi, factors.phi), (state.B_prev, factors.B), (state.x_prev, factors.x)):
         mine.copy_(theirs[at])

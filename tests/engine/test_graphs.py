@@ -9,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mamba3.engine import Engine, EngineConfig, Request, SamplingParams
-from mamba3.engine import engine as engine_module
 from mamba3.engine import graphs as graphs_module
 from mamba3.engine.graphs import sizes, why_not
 from mamba3.engine.state_pool import StatePool
@@ -25,20 +24,6 @@ def test_a_size_is_at_most_half_more_than_there_are_sequences(rows):
     assert found[-1] == rows and found == sorted(set(found))
     for small, large in itertools.pairwise(found):
         assert large <= max(2 * small, small + 1) and (small < 8 or 2 * large <= 3 * small)
-
-
-@pytest.fixture
-def imitation(monkeypatch):
-    """Graphs without a GPU: a function runs where a graph would be replayed; how many were recorded."""
-    recorded = []
-
-    def record(run, memory):
-        recorded.append(run())  # what warms up
-        return run, memory
-
-    monkeypatch.setattr(engine_module, "why_not", lambda model, config: None if config.graphs else "not wanted")
-    monkeypatch.setattr(graphs_module, "record", record)
-    return recorded
 
 
 KINDS = ["siso", "mimo", "hybrid"]
