@@ -1,7 +1,11 @@
 """The engine: requests go in, tokens come out of every `step`.
 
     step = read one token of each running sequence; admit those whose turn it is; read the next piece of some prompts;
-           choose a token for each whose logits are there; give out what was chosen; free the rows of those that ended.
+           choose a token for each whose logits are there; free the rows of those that ended; give out what was chosen.
+
+Where steps are graphs, a step launches the reading of the next one (a `Flight`) before it gives out what was chosen: the
+device works while text is spelled, outputs are delivered and requests come. It is launched when all ends are known, and so
+no row reads more than it would have.
 
 A sequence's state is exact wherever it is: at the end of a piece of prompt, in a row, parked for another's sake, in the
 cache. Law: greedy outputs equal `Mamba3LM.generate` token for token whatever arrives when: bitwise with `exact`, otherwise
@@ -24,6 +28,7 @@ from torch import Tensor
 from mamba3.engine.config import EngineConfig
 from mamba3.engine.counters import Counters
 from mamba3.engine.draft import Proposer
+from mamba3.engine.flight import Flight
 from mamba3.engine.graphs import DecodeGraphs, why_not
 from mamba3.engine.paging import longest_sequence, make_pages
 from mamba3.engine.prefix_cache import PrefixCache
@@ -88,6 +93,8 @@ class Engine:
         for sequence in list(self._requests.get(request_id, ())):
             if sequence.stage is not Stage.DONE:
                 outputs.append(self._replies.finish(sequence, "aborted"))
+        if self._flight is not None and not self._flight.wanted:
+            self._flight = None
         return outputs
 
     def reset(self) -> None:
@@ -105,6 +112,7 @@ class Engine:
     def _start(self, graphs: DecodeGraphs | None) -> None:
         """What runs over a pool without sequences."""
         self._requests: dict[str, list[Sequence]] = {}
+        self._flight: Flight | None = None
         self.scheduler, pages = Scheduler(self.config), self.pool.pages
         self._rows = Rows(self.pool, self.scheduler, self.cache, self._under_way, self.counters)
         self._runner = Runner(self.model, exact=self.config.exact, graphs=graphs, pages=pages)
@@ -139,32 +147,42 @@ class Engine:
     def step(self) -> list[Output]:
         """One turn of everything under way."""
         self.counters.steps += 1
-        self._rows.preempt()
-        paging = self._rows.paging
-        if paging is not None:
-            paging.give_rows(1 + min(self.config.speculate, self.pool.room))
-        due: list[Sequence] = []
-        logits: list[Tensor] = []  # [n, v] each; together of those that are due
-        noted = self._speculation.step(list(self.scheduler.running), self._replies)
-        if self.scheduler.running and noted is None:
-            due += self.scheduler.running
-            logits.append(self._runner.step(due, self.pool))
-        outputs = self._give_out(noted or [])
+        outputs: list[Output] = []
+        if self._flight is None:
+            self._make_way()
+            guessed = self._speculation.step(list(self.scheduler.running), self._replies)
+            if guessed is None:
+                self._launch()
+            else:
+                outputs = self._give_out(guessed)
         ready = self._admit()
         pieces = self.scheduler.pieces()
-        if paging is not None:
-            pieces = paging.readable(pieces)
+        if self._rows.paging is not None:
+            pieces = self._rows.paging.readable(pieces)
         if pieces:
             ready += self._read(pieces)
         for sequence in ready:
             if sequence.request.params.max_tokens == 0:
                 outputs.append(self._replies.finish(sequence, "length"))
-            elif sequence.logits is not None:
-                due.append(sequence)
-                logits.append(sequence.logits[None])
-        return outputs + self._choose(due, logits)
+        noted = self._choose(ready)
+        for note in noted:
+            self._replies.release(note)
+        if self._runner.graphs is not None and not self.config.speculate:
+            self._make_way()
+            self._launch()
+        return outputs + [self._replies.give_out(note) for note in noted]
 
     # -- parts of a step
+
+    def _make_way(self) -> None:
+        """Rows change hands as turns and pages want it."""
+        self._rows.preempt()
+        if self._rows.paging is not None:
+            self._rows.paging.give_rows(1 + min(self.config.speculate, self.pool.room))
+
+    def _launch(self) -> None:
+        if self.scheduler.running:
+            self._flight = self._runner.step(self.scheduler.running, self.pool)
 
     def _admit(self) -> list[Sequence]:
         """Admit whoever may be: those whose logits are known already come back, to choose their first token."""
@@ -264,12 +282,16 @@ class Engine:
         """Every sequence, the oldest first."""
         return itertools.chain.from_iterable(self._requests.values())
 
-    def _choose(self, due: list[Sequence], logits: list[Tensor]) -> list[Output]:
-        """A token for each sequence from the logits, [n, v] in all."""
-        if not due:
-            return []
-        choices = sample(logits[0] if len(logits) == 1 else torch.cat(logits), [sequence.draws for sequence in due])
-        return self._give_out([self._replies.write_down(*pair) for pair in zip(due, choices, strict=True)])
+    def _choose(self, ready: list[Sequence]) -> list[Note]:
+        """A token for each sequence that a step was launched for, and for each whose prompt is read."""
+        flight, self._flight = self._flight, None
+        chosen = [] if flight is None else flight.land()
+        first = [(s, s.logits) for s in ready if s.logits is not None]
+        if first:
+            sequences, logits = zip(*first, strict=True)
+            choices = sample(torch.stack(logits), [sequence.draws for sequence in sequences])
+            chosen += zip(sequences, choices, strict=True)
+        return [self._replies.write_down(sequence, choice) for sequence, choice in chosen]
 
     def _give_out(self, noted: list[Note]) -> list[Output]:
         for note in noted:

@@ -5,7 +5,12 @@ reads on the device: the others are padding, whose state is neither read nor wri
 moves the bytes of the sequences there are. A hybrid's graphs read a number of pages of every row, a power of two. Graphs are
 captured when they are first needed, or all by `capture`; their memory is one pool, for only one runs at a time.
 
-Law: logits are those of the step without a graph, but for the rounding of products of m rows instead of n.
+A graph ends with the likeliest token of each row, which it leaves where the next step looks for its tokens: while the rows stay
+what they are and these are the tokens chosen, nothing is sent to the device between two graphs. `fetch` brings them to the
+host behind the graph, on the same stream.
+
+Law: logits are those of the step without a graph, but for the rounding of products of m rows instead of n; tokens are those
+that `sampler.sample` chooses from them.
 """
 
 from __future__ import annotations
@@ -16,10 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba3.engine.channel import Channel
 from mamba3.engine.config import EngineConfig
 from mamba3.engine.pages import pages_of
+from mamba3.engine.sampler import draw, likeliest
 from mamba3.engine.state_pool import StatePool
 from mamba3.lm import Mamba3LM
+from mamba3.lm.generate import Sampling
 
 Replay = Callable[[], Tensor]
 SHORTEST = 16  # pages
@@ -64,8 +72,12 @@ class DecodeGraphs:
     def __init__(self, model: Mamba3LM, pool: StatePool):
         self._model, self._pool, self._sizes = model, pool, sizes(pool.rows)
         device = model.embedding.weight.device
+        self._vocabulary = model.config.vocab_size
         self._numbers = torch.zeros(1 + pool.rows, dtype=torch.int64, device=device)  # how many are live, their tokens
-        self._sent = torch.zeros(1 + pool.rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._there: list[int] | None = None  # what they are, where that is known
+        self._to, self._keys = Channel(1 + pool.rows, device), Channel(pool.rows, device)
+        self._drawn = torch.zeros(pool.rows, dtype=torch.int64, device=device)
+        self._back = Channel(pool.rows, device)
         self._memory: Any = None
         self._replays: dict[tuple[int, int], Replay] = {}  # by size, and pages of each row of a hybrid
 
@@ -73,9 +85,27 @@ class DecodeGraphs:
         """Let each of the first rows read its token: logits [n, padded vocabulary], good until the next step."""
         count = len(tokens)
         size = next(size for size in self._sizes if size >= count)
-        replay = self._replay(size, pages_read(self._pool, 1))
-        self._send([count, *tokens])
+        replay, numbers = self._replay(size, pages_read(self._pool, 1)), [count, *tokens]
+        if numbers != self._there:
+            self._to.send(numbers, self._numbers)
+        self._there = None
         return replay()[:count]
+
+    def draw(self, logits: Tensor, filters: Sampling, keys: list[int]) -> None:
+        """Tokens of the step that was launched last, drawn from its logits [n, v] where it left the likeliest ones."""
+        self._keys.send(keys, self._drawn)
+        self._numbers[1 : 1 + len(keys)].copy_(draw(logits, filters, self._drawn[: len(keys)]))
+
+    def fetch(self, count: int) -> Callable[[], list[int]]:
+        """Bring the tokens of the first rows to the host: what waits for them, before another step is launched."""
+        arrived = self._back.fetch(self._numbers[1 : 1 + count])
+
+        def tokens() -> list[int]:
+            found = arrived()
+            self._there = [count, *found]
+            return found
+
+        return tokens
 
     def capture(self) -> Iterator[tuple[int, int]]:
         """Capture what is not captured yet, the largest first, whose memory the others share: (how many there are, of how
@@ -89,18 +119,16 @@ class DecodeGraphs:
             self._replays[size, width] = self._capture(size, width)
         return self._replays[size, width]
 
-    def _send(self, numbers: list[int]) -> None:
-        """One copy to the device. The one before has arrived: the host has waited for its step's tokens, or for a capture."""
-        self._sent[: len(numbers)] = torch.tensor(numbers)
-        self._numbers[: len(numbers)].copy_(self._sent[: len(numbers)], non_blocking=True)
-
     @torch.no_grad()
     def _capture(self, size: int, width: int) -> Replay:
         def step() -> Tensor:
-            state = self._pool.view(size, width=width)
-            return self._model.step(self._numbers[1 : 1 + size], state, self._numbers[:1])[0]
+            state, tokens = self._pool.view(size, width=width), self._numbers[1 : 1 + size]
+            logits = self._model.step(tokens, state, self._numbers[:1])[0]
+            tokens.copy_(likeliest(logits[:, : self._vocabulary]))
+            return logits
 
-        self._send([0])  # the step that warms up moves no row
+        self._there = None
+        self._to.send([0], self._numbers)  # the step that warms up moves no row
         try:
             replay, memory = record(step, self._memory)
         except RuntimeError as error:

@@ -86,9 +86,9 @@ class Replies:
         note.text, note.finish = self._spell(note), Finish(note.reason)
         if sequence.text is not None:
             note.text += sequence.text.finish()
+        if note.reason != "aborted" and sequence.chosen:
+            note.finish = self._keep(sequence, note.reason)
         if sequence.stage is Stage.RUNNING:
-            if note.reason != "aborted":
-                note.finish = self._keep(sequence, note.reason)
             self._rows.free(sequence)
         else:
             self._scheduler.remove(sequence)
@@ -142,7 +142,7 @@ class Replies:
         request, text = sequence.request, sequence.text
         stopped = reason == "stop" and text is not None and text.stopped
         caches = self._config.cache_bytes and request.start is None and not self._config.exact
-        if caches:
+        if caches and sequence.stage is Stage.RUNNING:
             with contextlib.suppress(OutOfPages):
                 self._cache.put(request.reader, sequence.seen(), self._rows.share(sequence))
         if not request.keep_state:

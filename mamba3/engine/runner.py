@@ -1,17 +1,19 @@
 """The engine's calls of the model: pieces of prompts, and one token of every running sequence.
 
 Prompts: the pieces of a step are one packed batch. Running sequences: one step in place on the rows of the pool, on a GPU a
-CUDA graph (`engine.graphs`). With `exact` each sequence is called by itself, as the plain loop calls it.
+CUDA graph (`engine.graphs`), and the tokens are chosen behind it where that needs nothing but logits, temperature and noise.
+With `exact` each sequence is called by itself, as the plain loop calls it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from mamba3.engine.flight import Flight
 from mamba3.engine.graphs import CaptureFailed, DecodeGraphs
 from mamba3.engine.pages import Pages
 from mamba3.engine.sequence import Sequence
@@ -51,15 +53,28 @@ class Runner:
         self.graphs, self.failure = None, str(error)
 
     @torch.no_grad()
-    def step(self, sequences: list[Sequence], pool: StatePool) -> Tensor:
-        """Read the last token of each running sequence, row i being sequences[i]: logits [n, v]."""
-        tokens = [s.last for s in sequences]
+    def step(self, sequences: list[Sequence], pool: StatePool) -> Flight:
+        """Launch the reading of the last token of each running sequence, row i being sequences[i]."""
+        tokens, chosen = [s.last for s in sequences], None
         logits = self._replay(tokens)
         if logits is None:
-            logits = self._step(torch.tensor(tokens, device=self._device), pool)
-        for row in range(len(tokens)):
-            pool.advance(row, 1)
-        return logits[:, : self._vocabulary]
+            logits = self._step(torch.tensor(tokens, device=self._device), pool)[:, : self._vocabulary]
+        else:
+            logits = logits[:, : self._vocabulary]
+            chosen = self._choose_behind(sequences, logits)
+        pool.advance_all(len(tokens))
+        return Flight(sequences, logits, chosen)
+
+    def _choose_behind(self, sequences: list[Sequence], logits: Tensor) -> Callable[[], list[int]] | None:
+        """Let the device choose a token for each sequence behind the graph; None where `sample` has to."""
+        assert self.graphs is not None
+        draws = [s.draws for s in sequences]
+        temperature = draws[0].params.temperature
+        if not all(d.plain and d.params.temperature == temperature for d in draws):
+            return None
+        if temperature > 0:
+            self.graphs.draw(logits, draws[0].params.filters, [d.key for d in draws])
+        return self.graphs.fetch(len(sequences))
 
     def _step(self, tokens: Tensor, pool: StatePool) -> Tensor:
         if not self.exact:

@@ -21,6 +21,7 @@ from mamba3.lm.generate import Sampling, filter_logits, penalize
 from mamba3.ops.types import wide_dtype
 
 _NARROW = 1024  # likeliest tokens that are looked at before all are
+_PARTS = 64  # of a row of logits, whose likeliest tokens are compared
 
 
 @dataclass
@@ -36,6 +37,12 @@ class Draws:
     count: int = 0
     read: set[int] = field(default_factory=set)
     chosen: Counter[int] = field(default_factory=Counter)
+    plain: bool = field(init=False)  # whether it depends on temperature and noise alone, and nothing else is asked for
+
+    def __post_init__(self):
+        params, filters = self.params, self.params.filters
+        filtered = params.temperature > 0 and filters != Sampling(temperature=params.temperature)
+        self.plain = not (filtered or _adjusts(params) or params.logprobs is not None)
 
     def note(self, token: int) -> None:
         """A token was chosen."""
@@ -58,7 +65,7 @@ class Choice(NamedTuple):
     """A token, and its log probability where it was asked for."""
 
     token: int
-    logprob: TokenLogprob | None
+    logprob: TokenLogprob | None = None
 
 
 def sample(logits: Tensor, rows: Sequence[Draws]) -> list[Choice]:
@@ -72,14 +79,33 @@ def sample(logits: Tensor, rows: Sequence[Draws]) -> list[Choice]:
     for filters, members in groups.items():
         for part in _blocks(members, logits):
             index = torch.tensor(part, device=logits.device)
-            kept, names = kept_logits(adjusted[index].to(wide_dtype(logits.dtype)), filters)
             keys = torch.tensor([rows[i].key for i in part], device=logits.device)
-            best = (kept + gumbel(keys, names)).argmax(-1, keepdim=True)
-            tokens[index] = names.expand_as(kept).gather(1, best)[:, 0]
+            tokens[index] = draw(adjusted[index], filters, keys)
     chosen = tokens.tolist()
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     found = dict(zip(wanted, _logprobs(logits, chosen, rows, wanted), strict=True))
     return [Choice(token, found.get(i)) for i, token in enumerate(chosen)]
+
+
+def draw(logits: Tensor, filters: Sampling, keys: Tensor) -> Tensor:
+    """Tokens [b] drawn from logits [b, v] with the noise of keys [b]. Without filters nothing waits for the device."""
+    kept, names = kept_logits(logits.to(wide_dtype(logits.dtype)), filters)
+    best = (kept + gumbel(keys, names)).argmax(-1, keepdim=True)
+    return names.expand_as(kept).gather(1, best)[:, 0]
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """argmax of logits [b, v]: [b], the first of equal ones. In two stages, so that a single long row keeps a GPU busy."""
+    vocabulary = logits.shape[1]
+    if vocabulary < _PARTS:
+        return logits.argmax(-1)
+    rest = vocabulary % _PARTS
+    values, places = logits[:, : vocabulary - rest].unflatten(1, (_PARTS, -1)).max(-1)
+    places = places + torch.arange(_PARTS, device=logits.device) * (vocabulary // _PARTS)
+    if rest:
+        value, place = logits[:, vocabulary - rest :].max(-1, keepdim=True)
+        values, places = torch.cat([values, value], 1), torch.cat([places, place + (vocabulary - rest)], 1)
+    return places.gather(1, values.argmax(-1, keepdim=True))[:, 0]
 
 
 def kept_logits(logits: Tensor, filters: Sampling) -> tuple[Tensor, Tensor]:

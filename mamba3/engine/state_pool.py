@@ -128,6 +128,10 @@ class StatePool:
         """Note that a row's view has read tokens."""
         self._lengths[row] += tokens
 
+    def advance_all(self, rows: int) -> None:
+        """Note that the view of the first rows has read a token."""
+        self._lengths[:rows] = [length + 1 for length in self._lengths[:rows]]
+
     def free(self, row: int) -> int | None:
         """Give a row back. The last used row moves into its place: which one moved, None if it was the last itself."""
         last = self.used - 1

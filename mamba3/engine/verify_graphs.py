@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mamba3.engine import graphs
+from mamba3.engine.channel import Channel
 from mamba3.engine.graphs import CaptureFailed, Replay, pages_read
 from mamba3.engine.state_pool import StatePool
 from mamba3.lm import Mamba3LM
@@ -33,10 +34,9 @@ class VerifyGraphs:
         self._model, self._pool, self._length = model, pool, 1 + guesses
         self._sizes = graphs.sizes(min(pool.rows, MOST_ROWS))
         device, rows = model.embedding.weight.device, self._sizes[-1]
-        pinned = {"dtype": torch.int64, "pin_memory": device.type == "cuda"}
         self._tokens = torch.zeros(rows * self._length, dtype=torch.int64, device=device)
         self._counts = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._sent = {False: torch.zeros(len(self._tokens), **pinned), True: torch.zeros(rows, **pinned)}
+        self._to, self._right = Channel(len(self._tokens), device), Channel(rows, device)
         self._memory: Any = None
         self._draft: Draft | None = None  # of the graph that is captured or imitated
         self._replays: dict[tuple[int, int], tuple[Replay, Replay]] = {}  # by size, and pages of each row of a hybrid
@@ -59,10 +59,11 @@ class VerifyGraphs:
         """
         size = next(size for size in self._sizes if size >= len(tokens))
         read, keep = self._replay(size, pages_read(self._pool, self._length))
-        self._send([token for row in tokens for token in (*row, *[0] * (self._length - len(row)))], self._tokens)
+        rows = [[*row, *[0] * (self._length - len(row))] for row in tokens]
+        self._to.send([token for row in rows for token in row], self._tokens)
 
         def accept(counts: Sequence[int]) -> None:
-            self._send([*counts, *[0] * (size - len(counts))], self._counts)
+            self._right.send([*counts, *[0] * (size - len(counts))], self._counts)
             keep()
 
         return read()[: len(tokens)], accept
@@ -72,12 +73,6 @@ class VerifyGraphs:
         for done, size in enumerate(reversed(self._sizes), 1):
             self._replay(size, pages_read(self._pool, self._length))
             yield done, len(self._sizes)
-
-    def _send(self, numbers: list[int], target: Tensor) -> None:
-        """One copy to the device. The one before to the same place has arrived: the host has waited for tokens since."""
-        sent = self._sent[target is self._counts][: len(numbers)]
-        sent.copy_(torch.tensor(numbers))
-        target[: len(numbers)].copy_(sent, non_blocking=True)
 
     def _replay(self, size: int, width: int) -> tuple[Replay, Replay]:
         if (size, width) not in self._replays:

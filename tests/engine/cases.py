@@ -37,6 +37,7 @@ class Arrival:
     params: SamplingParams
     owner: str = ""
     leaves: int | None = None
+    keeps: bool = False  # wants its state back
 
 
 @dataclass
@@ -66,7 +67,15 @@ def play(engine: Engine, arrivals: list[Arrival], steps: int = 5000) -> dict[tup
         outputs = []
         for i, arrival in enumerate(arrivals):
             if arrival.at == now:
-                engine.add(Request(id=str(i), tokens=arrival.prompt, params=arrival.params, owner=arrival.owner))
+                engine.add(
+                    Request(
+                        id=str(i),
+                        tokens=arrival.prompt,
+                        params=arrival.params,
+                        owner=arrival.owner,
+                        keep_state=arrival.keeps,
+                    )
+                )
             if arrival.leaves is not None and arrival.at + arrival.leaves == now:
                 outputs += engine.abort(str(i))
         if engine.busy:
