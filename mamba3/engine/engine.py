@@ -123,7 +123,7 @@ class Engine:
 
     def capture(self) -> Iterator[tuple[int, int]]:
         """Capture the CUDA graphs that would otherwise be captured when they are first needed: (done, of how many) after each.
-        Nothing where `why_no_graphs` says why there are none."""
+        Nothing where `why_no_graphs` says why there are none. Before requests come: a step under way may lose its logits."""
         yield from self._runner.capture()
         yield from self._speculation.capture()
 
@@ -181,6 +181,7 @@ class Engine:
             self._rows.paging.give_rows(1 + min(self.config.speculate, self.pool.room))
 
     def _launch(self) -> None:
+        """Let the running sequences read the tokens chosen last."""
         if self.scheduler.running:
             self._flight = self._runner.step(self.scheduler.running, self.pool)
 

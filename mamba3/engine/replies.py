@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from mamba3.engine.config import EngineConfig
 from mamba3.engine.counters import Counters
 from mamba3.engine.pages import OutOfPages
+from mamba3.engine.paging import said
 from mamba3.engine.prefix_cache import PrefixCache
 from mamba3.engine.request import Finish, FinishReason, Output, TokenLogprob
 from mamba3.engine.rows import Rows
@@ -58,23 +59,24 @@ class Replies:
 
     def write_down(self, sequence: Sequence, choice: Choice, unread: int = 0) -> Note:
         """A token was chosen. unread: tokens chosen before it that the sequence's row has not read."""
-        params, token = sequence.request.params, choice.token
-        note = Note(sequence, token, choice.logprob)
+        token, logprob = choice
+        params, text, chosen = sequence.request.params, sequence.text, sequence.chosen
+        note = Note(sequence, token, logprob)
         sequence.logits = None
-        sequence.chosen.append(token)
+        chosen.append(token)
         sequence.draws.note(token)
         sequence.since_admitted += 1
         self._counters.chosen_tokens += 1
         ended = token in params.stop_tokens or (token == self._end_token and not params.ignore_end)
-        if ended or sequence.text is None:
+        if ended or text is None:
             note.text = ""
         elif params.stop or unread:  # others follow at once, and are spelled after it
-            note.text = sequence.text.push(token)
+            note.text = text.push(token)
             if params.stop and sequence.request.keep_state:
-                self._mark(sequence, len(sequence.chosen) - 1 - unread)
-        if ended or (sequence.text is not None and sequence.text.stopped):
+                self._mark(sequence, len(chosen) - 1 - unread)
+        if ended or (params.stop and text is not None and text.stopped):
             note.reason = "stop"
-        elif len(sequence.chosen) >= params.max_tokens or self._is_full(sequence):
+        elif len(chosen) >= params.max_tokens or (self._longest is not None and said(sequence) > self._longest):
             note.reason = "length"
         return note
 
@@ -86,7 +88,7 @@ class Replies:
         note.text, note.finish = self._spell(note), Finish(note.reason)
         if sequence.text is not None:
             note.text += sequence.text.finish()
-        if note.reason != "aborted" and sequence.chosen:
+        if note.reason != "aborted":
             note.finish = self._keep(sequence, note.reason)
         if sequence.stage is Stage.RUNNING:
             self._rows.free(sequence)
@@ -132,10 +134,6 @@ class Replies:
         characters = sequence.text.shown_after(tokens)
         if characters is not None and (sequence.mark is None or sequence.mark.tokens < tokens):
             sequence.mark = Mark(self._rows.read(sequence), tokens, characters)
-
-    def _is_full(self, sequence: Sequence) -> bool:
-        length = len(sequence.request.history) + len(sequence.tokens) + len(sequence.chosen)
-        return self._longest is not None and length > self._longest
 
     def _keep(self, sequence: Sequence, reason: FinishReason) -> Finish:
         """The state at the end of a turn, for the one who asked for it and for the cache."""

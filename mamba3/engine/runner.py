@@ -55,7 +55,7 @@ class Runner:
     @torch.no_grad()
     def step(self, sequences: list[Sequence], pool: StatePool) -> Flight:
         """Launch the reading of the last token of each running sequence, row i being sequences[i]."""
-        tokens, chosen = [s.last for s in sequences], None
+        tokens, chosen = [s.chosen[-1] for s in sequences], None
         logits = self._replay(tokens)
         if logits is None:
             logits = self._step(torch.tensor(tokens, device=self._device), pool)[:, : self._vocabulary]

@@ -28,7 +28,8 @@ _PARTS = 64  # of a row of logits, whose likeliest tokens are compared
 class Draws:
     """What the choice of one continuation's next token depends on, beside its logits.
 
-    read: tokens of the prompt, wanted where there is a repetition penalty. chosen: how often each token was chosen.
+    read: tokens of the prompt, wanted where there is a repetition penalty. chosen: how often each token was chosen, where a
+    penalty asks for it.
     """
 
     params: SamplingParams
@@ -38,16 +39,19 @@ class Draws:
     read: set[int] = field(default_factory=set)
     chosen: Counter[int] = field(default_factory=Counter)
     plain: bool = field(init=False)  # whether it depends on temperature and noise alone, and nothing else is asked for
+    _counts: bool = field(init=False)  # whether `chosen` is asked for
 
     def __post_init__(self):
         params, filters = self.params, self.params.filters
+        self._counts = _adjusts(params)
         filtered = params.temperature > 0 and filters != Sampling(temperature=params.temperature)
-        self.plain = not (filtered or _adjusts(params) or params.logprobs is not None)
+        self.plain = not (filtered or self._counts or params.logprobs is not None)
 
     def note(self, token: int) -> None:
         """A token was chosen."""
         self.count += 1
-        self.chosen[token] += 1
+        if self._counts:
+            self.chosen[token] += 1
 
     def after(self, tokens: Sequence[int]) -> Draws:
         """What the choice after these tokens would depend on, if they were chosen; this one where there are none."""

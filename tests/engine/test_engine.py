@@ -382,6 +382,16 @@ def test_a_prompt_may_only_be_read():
         assert result.completions[0].finish_reason == "length"
 
 
+def test_the_state_of_a_prompt_that_is_only_read_comes_back():
+    for kind in ("siso", "hybrid"):
+        lm = model(kind)
+        found = play(Engine(lm), [Arrival(0, [1, 2, 3], SamplingParams(max_tokens=0), keeps=True)])[0, 0].finish
+        state = found.state
+        assert (int(state.tokens), found.tokens) == (3, 0)
+        again = lm.generate(torch.tensor([[4]]), state=state, max_new_tokens=5).tokens[0].tolist()
+        assert again == greedy(lm, [1, 2, 3, 4], 5)
+
+
 def test_a_cache_is_no_longer_than_its_sequence_whoever_it_was_read_with():
     runner, counts = Runner(model("hybrid"), exact=False), [70, 3]
     pieces = [

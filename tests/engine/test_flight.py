@@ -166,7 +166,7 @@ def keeping(script):
 
 
 @pytest.mark.parametrize("kind", ["siso", "hybrid"])
-@settings(max_examples=12, suppress_health_check=SHARED)
+@settings(max_examples=8, suppress_health_check=SHARED)
 @given(config=configs(), script=arrivals(EVERYTHING).map(keeping))
 def test_everything_that_comes_out_is_what_came_out_without(kind, imitation, speakers, config, script):
     lm = speakers[kind]
@@ -331,3 +331,39 @@ def test_without_graphs_nothing_is_launched_ahead():
     for _ in range(3):
         engine.step()
         assert engine._flight is None
+
+
+# -- on a device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 48])
+def test_the_likeliest_token_on_a_device_is_the_first_of_equal_ones(rows):
+    torch.manual_seed(rows)
+    logits = torch.randn(rows, 128_256, device="cuda").mul(3).round().bfloat16()
+    logits[:, 128_250:] = 99
+    for vocabulary in (128_256, 128_250, 128_192):
+        first = (logits[:, :vocabulary] == logits[:, :vocabulary].amax(-1, keepdim=True)).int().argmax(-1)
+        assert torch.equal(likeliest(logits[:, :vocabulary]), first)
+        assert torch.equal(logits[:, :vocabulary].argmax(-1), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_tokens_chosen_on_a_device_are_those_that_the_host_would_choose(temperature):
+    """With those who come, end and leave while a step is under way; the host chooses where log probabilities are wanted."""
+    lm = tiny("hybrid", dtype=torch.float32, d_model=64, d_state=32, headdim=16).to("cuda").eval()
+    script = [
+        Arrival(i // 2, [1 + i, 2, 3], SamplingParams(max_tokens=12 + 3 * i, temperature=temperature, seed=i),
+                leaves=9 if i == 3 else None, keeps=i % 2 == 0)
+        for i in range(7)
+    ]  # fmt: skip
+    asked = [replace(arrival, params=replace(arrival.params, logprobs=0)) for arrival in script]
+    there, here, plain = (
+        play(Engine(lm, EngineConfig(rows=4, cache_bytes=0, graphs=graphs)), arriving)
+        for graphs, arriving in ((True, script), (True, asked), (False, script))
+    )
+    for key, outcome in there.items():
+        assert outcome.tokens == here[key].tokens == plain[key].tokens
+        if outcome.finish.state is not None:
+            assert int(outcome.finish.state.tokens) == 3 + len(outcome.tokens) - 1
