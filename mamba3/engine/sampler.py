@@ -57,7 +57,10 @@ class Draws:
         """What the choice after these tokens would depend on, if they were chosen; this one where there are none."""
         if not tokens:
             return self
-        return replace(self, count=self.count + len(tokens), chosen=self.chosen + Counter(tokens))
+        later = replace(self, chosen=self.chosen.copy())
+        for token in tokens:
+            later.note(token)
+        return later
 
     @property
     def key(self) -> int:

@@ -107,7 +107,7 @@ def test_looking_at_the_likeliest_first_keeps_what_the_filters_keep(filters, spr
 @given(tokens=st.lists(st.integers(0, 9), max_size=6))
 def test_what_a_choice_would_depend_on_is_what_it_depends_on_then(tokens):
     """`after` some tokens, and after each was noted; the draws themselves stay as they are."""
-    first = Draws(SamplingParams(), 3, read={1})
+    first = Draws(SamplingParams(presence_penalty=0.5), 3, read={1})
     first.note(4)
     noted = replace(first, chosen=first.chosen.copy())
     for token in tokens:
