@@ -1,9 +1,12 @@
 """How much is guessed: everything where guesses are right, next to nothing where they are not."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mamba3.engine import Engine, EngineConfig, SamplingParams
 from mamba3.engine.pace import LONGEST_PAUSE, RESTART, Pace
+from tests.engine.cases import Arrival, model, play
 
 
 def guesses(right, tokens, most):
@@ -48,3 +51,17 @@ def test_a_guess_is_never_longer_than_it_may_be(most, kept):
         if wanted:
             pace.note(wanted, min(right, wanted), chosen)
     assert pace.wanted(chosen + LONGEST_PAUSE, most) >= 1 and pace.wanted(chosen, 0) == 0
+
+
+class ForOne:
+    """Guesses, wrongly, for the sequences of one prompt alone."""
+
+    def propose(self, sequence, count):
+        return [0] * count if sequence.tokens[0] == 1 else []
+
+
+@pytest.mark.parametrize(("others", "guessed"), [(0, True), (1, True), (2, False)])
+def test_where_fewer_than_half_have_a_guess_nobody_guesses(others, guessed):
+    engine = Engine(model(), EngineConfig(rows=4, speculate=2), draft=ForOne())
+    play(engine, [Arrival(0, [1 + i], SamplingParams(max_tokens=6)) for i in range(1 + others)])
+    assert bool(engine.counters.guessed_tokens) == guessed
