@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks import serving_engine, serving_load, serving_sessions
+from benchmarks import serving_engine, serving_load, serving_sessions, serving_speculation
 from benchmarks.results import Section
 from mamba3 import Mamba3Config, Mamba3LM
 from mamba3.train.tokenizer import byte_tokenizer
@@ -34,6 +34,7 @@ class Sizes:
     rows: tuple[int, ...] = (1, 4, 16, 64)
     tokens: int = 64  # chosen by each row
     drift_tokens: int = 256
+    books: bool = True  # whether speculation is measured with the model that ships, too
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
@@ -41,7 +42,7 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(
     layers=2, d_model=64, streams=8, seconds=6, parked=100, restored=50, kills=3, requests=50, rows=(1, 4), tokens=16,
-    drift_tokens=32,
+    drift_tokens=32, books=False,
 )  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def sections(sizes: Sizes, stack: ExitStack) -> dict[str, Section]:
         "kill -9 while parking": functools.partial(serving_sessions.kills, folder, sizes.kills),
         "16-bit parking": functools.partial(serving_sessions.drift, model, sizes.drift_tokens),
         "rows": functools.partial(serving_engine.rows, model, sizes.rows, sizes.tokens),
-        "speculation": functools.partial(serving_engine.speculation, model, sizes.tokens),
+        "speculation": functools.partial(serving_speculation.speculation, model, sizes.tokens, sizes.books),
     }
 
 

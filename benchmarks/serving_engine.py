@@ -1,4 +1,4 @@
-"""What the engine reaches without a server around it: tokens a second by rows, memory a stream, speculation."""
+"""What the engine reaches without a server around it: tokens a second by rows, memory a stream."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.checks import Refused
 from benchmarks.results import Tell
 from mamba3 import Mamba3LM
-from mamba3.engine import Engine, EngineConfig, ModelDraft, Request, SamplingParams
+from mamba3.engine import Engine, EngineConfig, Request, SamplingParams
 
 _PROMPT = 16
 _ROUNDS = 3
@@ -51,31 +50,3 @@ def _now(model: Mamba3LM) -> float:
     if model.embedding.weight.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def speculation(model: Mamba3LM, tokens: int, tell: Tell) -> dict[str, Any]:
-    """One stream, greedy: tokens a second with nobody guessing, with n-grams, and with the model guessing for itself (the
-    most that right guesses can save in calls, at the price of a draft as large as the model)."""
-    found: dict[str, Any] = {}
-    outputs: dict[str, list[int]] = {}
-    contestants = {"none": (0, None), "n-grams": (4, None), "the model itself": (4, ModelDraft(model))}
-    for name, (count, draft) in contestants.items():
-        tell(name)
-        seconds = []
-        for _ in range(_ROUNDS):
-            engine = Engine(model, EngineConfig(rows=1, cache_bytes=0, speculate=count), draft=draft)
-            engine.add(Request(id="a", tokens=list(range(_PROMPT)) * 4, params=SamplingParams(max_tokens=4 * tokens)))
-            began, chosen = _now(model), []
-            while engine.busy:
-                chosen += [output.token for output in engine.step()]
-            seconds.append(_now(model) - began)
-        outputs[name] = chosen
-        guessed, right = engine.counters.guessed_tokens, engine.counters.right_guesses
-        found[name] = {
-            "tokens_per_s": 4 * tokens / sorted(seconds)[_ROUNDS // 2],
-            "right_guesses": right / guessed if guessed else 0.0,
-            "steps": engine.counters.steps,
-        }
-    if any(chosen != outputs["none"] for chosen in outputs.values()):
-        raise Refused("speculation changed the tokens")
-    return found

@@ -23,6 +23,7 @@ from benchmarks.checks import AGREE, Check, agree, require
 from benchmarks.timer import percentiles
 from mamba3 import Mamba3LM
 from mamba3.engine import Engine, EngineConfig, Request, SamplingParams
+from mamba3.engine.verify_graphs import MOST_ROWS, VerifyGraphs
 from mamba3.lm import preset
 from mamba3.lm.config import Mamba3Config
 
@@ -224,15 +225,24 @@ def verification(model: Mamba3LM, sizes: Sizes, say: Say) -> list[dict[str, Any]
         step = seconds(model, engine.step, sizes.rounds, 4)
         for count in sizes.guesses:
             tokens = torch.ones(batch, count, dtype=torch.int64, device=model.embedding.weight.device)
+            graphs = None
+            if engine._runner.graphs is not None and batch <= MOST_ROWS:
+                graphs = VerifyGraphs(model, engine.pool, count - 1)
 
-            def read(tokens=tokens, engine=engine, batch=batch, count=count) -> None:
-                logits, draft = model.verify(tokens, engine.pool.view(batch, room=count))
+            def read(tokens=tokens, engine=engine, graphs=graphs) -> None:
+                if graphs is not None:
+                    logits, accept = graphs.verify(tokens.tolist())
+                else:
+                    logits, draft = model.verify(tokens, engine.pool.view(len(tokens), room=tokens.shape[1]))
+                    accept = draft.accept
                 logits.argmax(-1).tolist()
-                draft.accept([count] * batch)
+                accept([tokens.shape[1]] * len(tokens))
 
             taken = seconds(model, read, sizes.rounds)
-            found.append({"streams": batch, "tokens": count, "verify_s": taken, "steps_s": count * step,
-                          "most_gain": count * step / taken})  # fmt: skip
+            found.append({
+                "streams": batch, "tokens": count, "verify_s": taken, "steps_s": count * step,
+                "most_gain": count * step / taken, "graphs": graphs is not None,
+            })  # fmt: skip
             say(f"verification: {found[-1]}")
     return found
 

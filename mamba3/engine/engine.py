@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mamba3.engine.config import EngineConfig
 from mamba3.engine.counters import Counters
-from mamba3.engine.draft import ModelDraft, NGramDraft, Proposer
+from mamba3.engine.draft import Proposer
 from mamba3.engine.flight import Flight
 from mamba3.engine.graphs import DecodeGraphs, why_not
 from mamba3.engine.paging import longest_sequence, make_pages
@@ -39,6 +39,7 @@ from mamba3.engine.runner import Runner
 from mamba3.engine.sampler import Draws, sample, token_logprobs
 from mamba3.engine.scheduler import Scheduler
 from mamba3.engine.sequence import Sequence, Stage
+from mamba3.engine.speculation import Speculation
 from mamba3.engine.state_pool import StatePool
 from mamba3.engine.text import TextFactory
 from mamba3.engine.validation import check_model, check_request
@@ -67,13 +68,10 @@ class Engine:
         self._why_no_graphs = why_not(model, self.config)
         self.pool = self._make_pool()
         self._start(DecodeGraphs(model, self.pool) if self._why_no_graphs is None else None)
+        self._speculation = Speculation(
+            model, self.pool, self.config, draft, self.counters, graphs=self._why_no_graphs is None
+        )
         self._texts = None if tokenizer is None else TextFactory(tokenizer)
-        if isinstance(draft, ModelDraft) and draft.model.config.vocab_size != model.config.vocab_size:
-            raise ValueError(
-                f"A draft needs the model's vocabulary of {model.config.vocab_size} tokens; it has "
-                f"{draft.model.config.vocab_size}. Use one trained with the same tokenizer."
-            )
-        self._draft = draft or NGramDraft()
 
     # -- requests
 
@@ -127,6 +125,7 @@ class Engine:
         """Capture the CUDA graphs that would otherwise be captured when they are first needed: (done, of how many) after each.
         Nothing where `why_no_graphs` says why there are none. Before requests come: a step under way may lose its logits."""
         yield from self._runner.capture()
+        yield from self._speculation.capture()
 
     @property
     def why_no_graphs(self) -> str | None:
@@ -148,13 +147,15 @@ class Engine:
     def step(self) -> list[Output]:
         """One turn of everything under way."""
         self.counters.steps += 1
-        outputs: list[Output] | None = None
+        outputs: list[Output] = []
         if self._flight is None:
             self._make_way()
-            outputs = self._speculate() if self.config.speculate and self.scheduler.running else None
-            if outputs is None:
+            guessed = self._speculation.step(list(self.scheduler.running), self._replies)
+            if guessed is None:
                 self._launch()
-        ready, outputs = self._admit(), outputs or []
+            else:
+                outputs = self._give_out(guessed)
+        ready = self._admit()
         pieces = self.scheduler.pieces()
         if self._rows.paging is not None:
             pieces = self._rows.paging.readable(pieces)
@@ -281,33 +282,6 @@ class Engine:
     def _under_way(self) -> Iterator[Sequence]:
         """Every sequence, the oldest first."""
         return itertools.chain.from_iterable(self._requests.values())
-
-    def _speculate(self) -> list[Output] | None:
-        """Guess what the running sequences say next, read it all, keep what is right. None when nobody has a guess."""
-        running, pool = list(self.scheduler.running), self.pool
-        room = self.config.speculate if pool.pages is None else min(self.config.speculate, pool.room)
-        guesses = [self._draft.propose(s, min(room, s.request.params.max_tokens - len(s.chosen) - 1)) for s in running]
-        if not any(guesses):
-            return None
-        logits, draft = self._runner.verify(running, guesses, pool)
-        counts, noted, alive = [0] * len(running), [], list(range(len(running)))
-        for place in range(logits.shape[1]):
-            choices = sample(logits[alive, place], [running[i].draws for i in alive])
-            still = []
-            for i, choice in zip(alive, choices, strict=True):
-                noted.append(self._replies.write_down(running[i], choice, unread=place + 1))
-                counts[i] += 1
-                if noted[-1].reason is None and guesses[i][place : place + 1] == [choice.token]:
-                    still.append(i)
-            alive = still
-            if not alive:
-                break
-        draft.accept(counts)
-        for row, count in enumerate(counts):
-            pool.advance(row, count)
-        self.counters.guessed_tokens += sum(map(len, guesses))
-        self.counters.right_guesses += sum(counts) - len(running)
-        return self._give_out(noted)
 
     def _choose(self, ready: list[Sequence]) -> list[Note]:
         """A token for each sequence that a step was launched for, and for each whose prompt is read."""

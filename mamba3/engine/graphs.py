@@ -57,6 +57,15 @@ def why_not(model: Mamba3LM, config: EngineConfig) -> str | None:
     return None
 
 
+def pages_read(pool: StatePool, tokens: int) -> int:
+    """Pages of each row of a hybrid that a graph for so many tokens reads: a power of two that the longest row fits, so that
+    there are few; 0 without pages."""
+    if pool.pages is None:
+        return 0
+    pages = max(SHORTEST, pages_of(pool.longest + tokens))
+    return min(1 << (pages - 1).bit_length(), pages_of(pool.max_length))
+
+
 class DecodeGraphs:
     """The graphs of one model over one pool."""
 
@@ -76,7 +85,7 @@ class DecodeGraphs:
         """Let each of the first rows read its token: logits [n, padded vocabulary], good until the next step."""
         count = len(tokens)
         size = next(size for size in self._sizes if size >= count)
-        replay, numbers = self._replay(size, self._width()), [count, *tokens]
+        replay, numbers = self._replay(size, pages_read(self._pool, 1)), [count, *tokens]
         if numbers != self._there:
             self._to.send(numbers, self._numbers)
         self._there = None
@@ -102,15 +111,8 @@ class DecodeGraphs:
         """Capture what is not captured yet, the largest first, whose memory the others share: (how many there are, of how
         many). Of a hybrid, those of its shortest tables."""
         for done, size in enumerate(reversed(self._sizes), 1):
-            self._replay(size, self._width())
+            self._replay(size, pages_read(self._pool, 1))
             yield done, len(self._sizes)
-
-    def _width(self) -> int:
-        """Pages of each row that a step reads: a power of two that the longest row fits, so that there are few."""
-        if self._pool.pages is None:
-            return 0
-        pages = max(SHORTEST, pages_of(self._pool.longest + 1))
-        return min(1 << (pages - 1).bit_length(), pages_of(self._pool.max_length))
 
     def _replay(self, size: int, width: int) -> Replay:
         if (size, width) not in self._replays:

@@ -19,7 +19,6 @@ from mamba3.engine.pages import Pages
 from mamba3.engine.sequence import Sequence
 from mamba3.engine.state_pool import StatePool
 from mamba3.lm import LMState, Mamba3LM
-from mamba3.lm.draft import Draft
 
 _log = logging.getLogger(__name__)
 
@@ -89,16 +88,6 @@ class Runner:
             return None if self.graphs is None else self.graphs.step(tokens)
         except CaptureFailed as error:
             return self._without_graphs(error)
-
-    @torch.no_grad()
-    def verify(self, sequences: list[Sequence], guesses: list[list[int]], pool: StatePool) -> tuple[Tensor, Draft]:
-        """Read the last token of each running sequence and a guess of what follows: logits [n, t, v], and what takes
-        back the tokens that were wrong. Shorter guesses are filled up, with what nobody looks at."""
-        longest = max(map(len, guesses))
-        rows = [[s.last, *g, *[0] * (longest - len(g))] for s, g in zip(sequences, guesses, strict=True)]
-        state = pool.view(len(sequences), room=longest + 1)
-        logits, draft = self.model.verify(torch.tensor(rows, device=self._device), state)
-        return logits[..., : self._vocabulary], draft
 
     def _read_one(self, sequence: Sequence, count: int) -> Tensor:
         ids = self._ids(sequence, count)[None]

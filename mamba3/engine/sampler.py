@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -52,6 +52,15 @@ class Draws:
         self.count += 1
         if self._counts:
             self.chosen[token] += 1
+
+    def after(self, tokens: Sequence[int]) -> Draws:
+        """What the choice after these tokens would depend on, if they were chosen; this one where there are none."""
+        if not tokens:
+            return self
+        later = replace(self, chosen=self.chosen.copy())
+        for token in tokens:
+            later.note(token)
+        return later
 
     @property
     def key(self) -> int:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from mamba3.engine.pace import Pace
 from mamba3.engine.request import Request, TokenLogprob
 from mamba3.engine.sampler import Draws
 from mamba3.engine.text import ContinuationText
@@ -55,6 +56,7 @@ class Sequence:
     since_admitted: int = 0
     cuts: list[int] = field(default_factory=list)  # positions in the prompt where a snapshot is taken, ascending
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    pace: Pace = field(default_factory=Pace)  # of the guesses made for it
     mark: Mark | None = None  # while what was said last may yet turn out to begin a stop string
 
     @property

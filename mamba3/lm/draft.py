@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mamba3.lm.state import LMState
 
@@ -25,14 +26,14 @@ class Draft:
     state: LMState
     reads: list[Any]
 
-    def accept(self, counts: Sequence[int]) -> LMState:
-        """The state, moved on in place by the first counts[i] tokens of each row i; the others were never read."""
-        groups: dict[int, list[int]] = {}
-        for row, count in enumerate(counts):
-            groups.setdefault(count, []).append(row)
-        groups.pop(0, None)
+    def accept(self, counts: Sequence[int] | Tensor) -> LMState:
+        """The state, moved on in place by the first counts[i] tokens of each row i; the others were never read.
+
+        counts: as many as there are rows; as a tensor int64, on the state's device.
+        """
+        device = self.state.tokens.device
+        counts = counts if isinstance(counts, Tensor) else torch.tensor(counts, device=device)
         for block, read, layer in zip(self.model._blocks(), self.reads, self.state.layers, strict=True):
-            for count, rows in groups.items():
-                block.mixer.accept(read, layer, rows, count)
-        self.state.tokens += torch.tensor(counts, device=self.state.tokens.device)
+            block.mixer.accept(read, layer, counts)
+        self.state.tokens += counts
         return self.state

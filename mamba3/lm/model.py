@@ -238,11 +238,12 @@ class Mamba3LM(nn.Module):
         `draft.accept(counts)` moves it on by counts[i] of the tokens of row i.
         """
         self._check_state(state, input_ids.shape[0])
-        h, reads = self._embed(input_ids, 2), []
+        h, y, reads = self._embed(input_ids, 2), None, []
         for block, layer in zip(self._blocks(), state.layers, strict=True):
-            h, read = block.run(h, lambda u, m=block.mixer, s=layer: m.verify(u, s))
+            h, y, read = block(h, y, lambda u, m=block.mixer, s=layer: m.verify(u, s))
             reads.append(read)
-        return self.head(self.norm_f(h, self.embedding.weight.dtype)), Draft(self, state, reads)
+        logits = self.head(self.norm_f.after(h, y, self.embedding.weight.dtype)[0])
+        return logits, Draft(self, state, reads)
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -122,9 +122,9 @@ class Attention(nn.Module):
         keys, values = state.rows()
         return self._out(_attend(q, keys, values, _mask(before, tokens, keys.shape[1]))), state
 
-    def accept(self, read: Cache, state: Cache, rows: list[int], count: int) -> None:
-        """Let the first `count` of the tokens that `verify` read count, in some rows."""
-        state.length[torch.tensor(rows, device=state.length.device)] += count
+    def accept(self, read: Cache, state: Cache, counts: Tensor) -> None:
+        """Let the first counts[i] of the tokens that `verify` read of each sequence i count."""
+        state.length.add_(counts)
 
     def _prefill_packed(self, u: Tensor, state: AttentionState, cu_seqlens: list[int]) -> tuple[Tensor, AttentionState]:
         lengths = [b - a for a, b in itertools.pairwise(cu_seqlens)]

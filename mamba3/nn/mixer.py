@@ -20,10 +20,11 @@ from mamba3.nn.fused import fused_rows
 from mamba3.nn.linear import outputs_from, project, project_aligned
 from mamba3.nn.norm import RMSNorm
 from mamba3.nn.short_conv import ShortConv
+from mamba3.ops import draft
 from mamba3.ops import triton as kernels
 from mamba3.ops.discretize import DECAYS, decay_rate
 from mamba3.ops.gate import OUT_NORMS
-from mamba3.ops.scan import run_scan, run_state, run_step
+from mamba3.ops.scan import run_scan, run_state, run_step, run_verify
 from mamba3.ops.segments import Summary, summarize
 from mamba3.ops.types import Gate, Inputs, State, wide_dtype
 from mamba3.ops.validation import check_cu_seqlens
@@ -49,10 +50,11 @@ class Projected(NamedTuple, Generic[T]):
 
 
 class Read(NamedTuple):
-    """Tokens that were read and may be taken back: the recurrence's inputs, and what entered the short convolution."""
+    """Tokens that were read and may be taken back: the recurrence's factors, and what the short convolution saw, [b, width - 1
+    + t, channels]."""
 
-    inputs: Inputs
-    conv: Tensor | None
+    factors: draft.Factors
+    window: Tensor | None
 
 
 class Mamba3(nn.Module):
@@ -226,52 +228,47 @@ class Mamba3(nn.Module):
 
         prefill(a + b) = prefill(b, state of prefill(a)). The given state is not changed.
         """
-        y, after, _ = self._read(u, state, cu_seqlens)
-        return y, after
-
-    def verify(self, u: Tensor, state: State) -> tuple[Tensor, Read]:
-        """`prefill` of tokens of which the last ones may be taken back: (y [b, t, d_model], what `accept` needs).
-
-        The given state is not changed.
-        """
-        y, _, read = self._read(u, state, None)
-        return y, read
-
-    @torch.no_grad()
-    def accept(self, read: Read, state: State, rows: list[int], count: int) -> None:
-        """Move some rows of the state on, in place, by the first `count` of the tokens that `verify` read.
-
-        The state after them is computed from each token's factors (x, B of rank r, dt, A, lambda, theta), which take
-        r (p + n) numbers a head where a state takes p n.
-        """
-        index = torch.tensor(rows, device=state.S.device)
-        before = state.select(index)
-        after = run_state(read.inputs.tokens(index, count), before)
-        if read.conv is not None:
-            held = torch.cat([self._conv_state(before), read.conv[index, :count]], dim=1)
-            after = after._replace(conv=held[:, -self._conv_state(before).shape[1] :])
-        for mine, theirs in zip(state, after, strict=True):
-            if mine is not None and theirs is not None:
-                mine[index] = theirs
-
-    def _read(
-        self, u: Tensor, state: State | None, cu_seqlens: Tensor | list[int] | None
-    ) -> tuple[Tensor, State, Read]:
         self._check_input(u, 3)
         if cu_seqlens is not None:
             cu_seqlens = check_cu_seqlens(cu_seqlens, u.shape[0], u.shape[1])
         batch = u.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        row, conv, entering = self._project(u), None, None
+        row, conv = self._project(u), None
         if self.conv is not None:
             before = (
                 self._conv_state(state) if state is not None else self.conv.init_state(batch, u.device, row.x.dtype)
             )
-            entering = torch.cat([row.x, row.B, row.C], dim=-1)
-            mixed, conv = self.conv(entering, before, cu_seqlens)
+            mixed, conv = self.conv(torch.cat([row.x, row.B, row.C], dim=-1), before, cu_seqlens)
             row = self._replace_conv(row, mixed)
-        inputs = self._inputs(row)
-        y, after = run_scan(inputs, self._gate(row.z), state, cu_seqlens)
-        return self.out_proj(y.flatten(-2)), after._replace(conv=conv), Read(inputs, entering)
+        y, after = run_scan(self._inputs(row), self._gate(row.z), state, cu_seqlens)
+        return self.out_proj(y.flatten(-2)), after._replace(conv=conv)
+
+    @torch.no_grad()
+    def verify(self, u: Tensor, state: State) -> tuple[Tensor, Read]:
+        """`prefill` of a few tokens of which the last ones may be taken back: (y [b, t, d_model], what `accept` needs).
+
+        The given state is not changed.
+        """
+        self._check_input(u, 3)
+        row, window = self._project(u), None
+        if self.conv is not None:
+            before, entering = self._conv_state(state), torch.cat([row.x, row.B, row.C], dim=-1)
+            window = torch.cat([before.to(entering.dtype), entering], dim=1)
+            row = self._replace_conv(row, self.conv(entering, before)[0])
+        y, factors = run_verify(self._inputs(row), self._gate(row.z), state)
+        return project(self.out_proj, y.flatten(-2)), Read(factors, window)
+
+    @torch.no_grad()
+    def accept(self, read: Read, state: State, counts: Tensor) -> None:
+        """Move the state on, in place, by the first counts[i] of the tokens that `verify` read of each sequence i.
+
+        The state after them is computed from each token's factors, which take r (p + n) numbers a head where a state takes
+        p n. counts [b] int64, on the state's device.
+        """
+        draft.accept(read.factors, state, counts)
+        if read.window is not None:
+            held = self._conv_state(state)
+            places = counts[:, None] + torch.arange(held.shape[1], device=counts.device)
+            held.copy_(read.window.gather(1, places.unsqueeze(2).expand_as(held)))
 
     def forward_segment(
         self, u: Tensor, enter: Callable[[Summary, Tensor | None], State], cu_seqlens: list[int] | None = None

@@ -173,12 +173,6 @@ class Inputs(NamedTuple):
     def wide(self) -> torch.dtype:
         return wide_dtype(self.x.dtype)
 
-    def tokens(self, rows: Tensor, count: int) -> Inputs:
-        """The first `count` tokens of some sequences of a batch."""
-        moving = ("x", "dt", "A", "lam", "theta", "B", "C", "tick")
-        found = {name: v[rows, :count] for name in moving if (v := getattr(self, name)) is not None}
-        return self._replace(**found)
-
     @property
     def rank(self) -> int:
         return self.B.shape[-3]

@@ -114,8 +114,8 @@ def check(
 
 
 def fits(inp: Inputs, state: State) -> bool:
-    """Whether the state of one step has the sizes, device and width of inputs that are known to be right."""
-    (b, h, p), (r, _, n) = inp.x.shape, inp.B.shape[1:]
+    """Whether a state has the sizes and device of inputs, of one token or several, that are known to be right."""
+    (b, *_, h, p), (r, _, n) = inp.x.shape, inp.B.shape[-3:]
     shapes = (state.phi.shape, state.S.shape, state.B_prev.shape, state.x_prev.shape)
     expected = ((b, h, inp.theta.shape[-1]), (b, h, p, n), (b, r, h, n), (b, h, p))
     return shapes == expected and all(v.device == inp.x.device and v.is_floating_point() for v in state[:4])

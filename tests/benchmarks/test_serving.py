@@ -1,12 +1,13 @@
 """Every section of `serving` runs at toy size, and none of its checks fails."""
 
+import dataclasses
 import importlib.util
 import json
 
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import serving
+from benchmarks import serving, serving_speculation
 from benchmarks.__main__ import app
 from benchmarks.checks import Refused
 from benchmarks.serving_load import growth
@@ -25,8 +26,33 @@ def test_the_serving_subject_runs(tmp_path):
     found = json.loads(path.read_text())["results"]
     assert found["streams"]["errors"] == 0 and found["streams"]["requests"] > 0
     assert found["malformed requests"]["malformed"] >= 50 and found["kill -9 while parking"]["lost"] == 0
-    assert found["speculation"]["the model itself"]["right_guesses"] == 1.0
+    assert found["speculation"]["random weights"]["the model itself"]["right_guesses"] == 1.0
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_speculation_is_measured_by_kind_of_text(tmp_path, monkeypatch):
+    """Both kinds, in both dtypes, a few tokens of each, with a small folder in the place of the model that ships."""
+    folder = serving.save(serving.QUICK, tmp_path / "small")
+    monkeypatch.setattr(serving_speculation, "_BOOKS", folder)
+    monkeypatch.setattr(serving_speculation, "_ROUNDS", 1)
+    found = serving_speculation.speculation(serving.small_model(serving.QUICK), 4, True, lambda text: None)
+    assert len(found) == 5 and found["random weights"]["the model itself"]["right_guesses"] == 1.0
+    for result in found.values():
+        for name, values in result.items():
+            assert values["tokens_per_s"] > 0 and (name == "none" or (0 <= values["same"] <= 1 and values["gain"] > 0))
+    monkeypatch.setattr(serving_speculation.Engine, "step", wrong(serving_speculation.Engine.step))
+    with pytest.raises(Refused, match="speculation changed the tokens"):
+        serving_speculation.speculation(serving.small_model(serving.QUICK), 4, False, lambda text: None)
+
+
+def wrong(step):
+    """An engine that says something else where it guesses."""
+
+    def changed(engine):
+        shift = int(engine.config.speculate > 0)
+        return [dataclasses.replace(output, token=(output.token + shift) % 257) for output in step(engine)]
+
+    return changed
 
 
 def test_percentiles():

@@ -1,7 +1,11 @@
 """The draws: the right distribution, filters and penalties as in the plain loop, rows that do not see each other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mamba3.engine.noise import draw_key, gumbel, uniform
 from mamba3.engine.request import SamplingParams
@@ -98,3 +102,15 @@ def test_looking_at_the_likeliest_first_keeps_what_the_filters_keep(filters, spr
     kept, names = kept_logits(logits, settings)
     found = torch.full_like(expected, -torch.inf).scatter(1, names.expand_as(kept), kept)
     assert torch.equal(found, expected)
+
+
+@given(tokens=st.lists(st.integers(0, 9), max_size=6))
+def test_what_a_choice_would_depend_on_is_what_it_depends_on_then(tokens):
+    """`after` some tokens, and after each was noted; the draws themselves stay as they are."""
+    first = Draws(SamplingParams(presence_penalty=0.5), 3, read={1})
+    first.note(4)
+    noted = replace(first, chosen=first.chosen.copy())
+    for token in tokens:
+        noted.note(token)
+    assert first.after(tokens) == noted and first.after(tokens).key == noted.key
+    assert first.count == 1 and first.chosen == {4: 1}

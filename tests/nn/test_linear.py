@@ -46,6 +46,25 @@ def test_one_row_of_bfloat16_is_no_less_exact_than_the_layer(shape):
     assert distance(project(linear, u), truth) <= 1.01 * distance(linear(u), truth)
 
 
+@pytest.mark.parametrize("shape", [(2, 40), (1, 5, 40), (2, 4, 40)])
+@torch.no_grad()
+def test_a_few_rows_of_float32_are_no_less_exact_than_the_layer(shape):
+    torch.manual_seed(0)
+    linear, u = nn.Linear(40, 300, bias=False), torch.randn(shape)
+    found, truth = few_rows(u, linear.weight), u.double() @ linear.weight.double().T
+    assert found is not None and found.shape == truth.shape and found.is_contiguous()
+    assert distance(found, truth) <= 1.5 * distance(linear(u), truth)
+
+
+def test_where_the_layer_is_as_good_it_is_taken():
+    """More rows, fewer outputs than inputs, a gradient."""
+    wide, narrow = nn.Linear(40, 300), nn.Linear(300, 40)
+    with torch.no_grad():
+        assert few_rows(torch.randn(9, 40), wide.weight) is None
+        assert few_rows(torch.randn(2, 300), narrow.weight) is None
+    assert few_rows(torch.randn(2, 40), wide.weight) is None
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor itself uses torch.jit
 @torch.no_grad()
 def test_one_row_compiles_to_one_node():

@@ -256,3 +256,23 @@ def test_vmap_over_stacked_parameters_is_separate_layers(setting):
         torch.testing.assert_close(y[i], alone, rtol=1e-10, atol=1e-12)
         for ours, theirs in zip(gradients, expected, strict=True):
             torch.testing.assert_close(ours[i], theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tokens_kept_of_those_verified_are_prefilled(name):
+    mixer = layer(**SETTINGS[name])
+    u = torch.randn(3, 12, 16, dtype=torch.float64)
+    _, state = mixer.prefill(u[:, :7])
+    state = state.detach()
+    whole, _ = mixer.prefill(u[:, 7:], state)
+    mine = state.clone()
+    y, read = mixer.verify(u[:, 7:], mine)
+    assert distance(y, whole) < 1e-10
+    mixer.accept(read, mine, torch.tensor([0, 2, 5]))
+    for row, count in enumerate([0, 2, 5]):
+        alone = state.select([row])
+        if count:
+            _, alone = mixer.prefill(u[row : row + 1, 7 : 7 + count], alone)
+        found = mine.select([row])
+        assert state_distance(found, alone) < 1e-10
+        assert found.conv is None or distance(found.conv, alone.conv) < 1e-10
