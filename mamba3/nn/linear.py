@@ -6,6 +6,7 @@ quantised weight, a hook, a replaced forward) is called as it is, so that nothin
 
 from __future__ import annotations
 
+import functools
 from typing import TypeGuard
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from mamba3.nn.fused import fused_products
 
-MOST_ROWS = 8  # on a CPU: about where F.linear has caught up
+MOST_ROWS = 5  # on a CPU: beyond, F.linear has about caught up
+LARGE = 2**25  # bytes: more than the caches near a core hold
 
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
@@ -28,10 +30,25 @@ def is_untouched(module: nn.Module) -> bool:
     return not changed and module._compiled_call_impl is None
 
 
+@functools.cache
+def _linear_is_best() -> bool:
+    """Whether F.linear is the best product for one row of bfloat16 too: with AVX512-BF16 and no AMX.
+
+    With torch 2.13, on an AMD EPYC (which has the one and not the other) it takes 0.3 to 0.8 of mv's time; on an Intel Xeon it
+    reads a matrix at 17 GB/s for mv's 26 (18 and 40 for a head of 32,000).
+    """
+    known = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+    return None not in known and [ask() for ask in known if ask] == [True, False]
+
+
+def _one_row(matrix: Tensor, vector: Tensor) -> Tensor:
+    return F.linear(vector[None], matrix)[0] if _linear_is_best() else torch.mv(matrix, vector)
+
+
 @torch.library.custom_op("mamba3::matrix_vector", mutates_args=())
 def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
-    """torch.mv as one node: torch.compile would write its own loop, which takes 3 times as long (torch 2.13, x86)."""
-    return torch.mv(matrix, vector)
+    """The product as one node: torch.compile would write its own loop, which takes 3 times as long (torch 2.13, x86)."""
+    return _one_row(matrix, vector)
 
 
 @matrix_vector.register_fake
@@ -40,12 +57,13 @@ def _(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def few_rows(u: Tensor, weight: Tensor) -> Tensor | None:
-    """F.linear(u, weight) by what is faster for a few rows: on a GPU the kernel `few_rows`, on a CPU torch.mv for one row of
-    bfloat16, and weight @ u^T for 2 to 8 rows of float32. None elsewhere, and where a gradient is recorded.
+    """F.linear(u, weight) by what is faster for a few rows: on a GPU the kernel `few_rows`, on a CPU one row of bfloat16 by
+    `matrix_vector`, and weight @ u^T for 2 to 5 rows of float32 with a weight of `LARGE` bytes. None elsewhere, and where
+    a gradient is recorded.
 
-    With torch 2.13 on x86, F.linear reads a bfloat16 matrix at 17 GB/s for one row and mv at 26 (18 and 40 for a head of
-    32,000); float32 is equal either way, float16 is three times slower in mv. Of float32 and 2 rows F.linear takes twice the
-    time of one, and the product from the other side less than one, where outputs are more than inputs (on an AMD EPYC).
+    With torch 2.13 on x86, float16 is three times slower in mv. For 2 to 5 rows of float32 and a head of 32,000 x 768, F.linear
+    takes 1.9 to 3.8 times as long as the product from the other side (an AMD EPYC, one and two threads); weights
+    that a cache holds are read as fast either way, or in 0.7 of the time by F.linear.
     """
     if type(weight) is not nn.Parameter:
         return None
@@ -58,9 +76,9 @@ def few_rows(u: Tensor, weight: Tensor) -> Tensor | None:
     if u.device.type != "cpu" or u.dtype != weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     if rows == 1 and u.dtype == torch.bfloat16:
-        multiply = matrix_vector if compiles else torch.mv
+        multiply = matrix_vector if compiles else _one_row
         return multiply(weight, u.reshape(-1)).view(*u.shape[:-1], outputs)
-    if 2 <= rows <= MOST_ROWS and u.dtype == torch.float32 and outputs > k and not compiles:
+    if 2 <= rows <= MOST_ROWS and u.dtype == torch.float32 and weight.nbytes >= LARGE and not compiles:
         return torch.mm(weight, u.reshape(rows, k).t()).t().contiguous().view(*u.shape[:-1], outputs)
     return None
 

@@ -46,9 +46,19 @@ def test_one_row_of_bfloat16_is_no_less_exact_than_the_layer(shape):
     assert distance(project(linear, u), truth) <= 1.01 * distance(linear(u), truth)
 
 
-@pytest.mark.parametrize("shape", [(2, 40), (1, 5, 40), (2, 4, 40)])
+@pytest.mark.parametrize("linear_is_best", [False, True])
 @torch.no_grad()
-def test_a_few_rows_of_float32_are_no_less_exact_than_the_layer(shape):
+def test_one_row_of_bfloat16_is_right_on_either_processor(monkeypatch, linear_is_best):
+    monkeypatch.setattr("mamba3.nn.linear._linear_is_best", lambda: linear_is_best)
+    linear, u = nn.Linear(40, 300, bias=False, dtype=torch.bfloat16), torch.randn(1, 1, 40, dtype=torch.bfloat16)
+    expected = linear(u)[0, 0] if linear_is_best else torch.mv(linear.weight, u[0, 0])
+    assert torch.equal(project(linear, u)[0, 0], expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 40), (1, 5, 40), (2, 2, 40)])
+@torch.no_grad()
+def test_a_few_rows_of_float32_are_no_less_exact_than_the_layer(monkeypatch, shape):
+    monkeypatch.setattr("mamba3.nn.linear.LARGE", 40 * 300 * 4)
     torch.manual_seed(0)
     linear, u = nn.Linear(40, 300, bias=False), torch.randn(shape)
     found, truth = few_rows(u, linear.weight), u.double() @ linear.weight.double().T
@@ -56,13 +66,15 @@ def test_a_few_rows_of_float32_are_no_less_exact_than_the_layer(shape):
     assert distance(found, truth) <= 1.5 * distance(linear(u), truth)
 
 
-def test_where_the_layer_is_as_good_it_is_taken():
-    """More rows, fewer outputs than inputs, a gradient."""
-    wide, narrow = nn.Linear(40, 300), nn.Linear(300, 40)
+def test_where_the_layer_is_as_good_it_is_taken(monkeypatch):
+    """More rows, a weight that a cache holds, a gradient."""
+    monkeypatch.setattr("mamba3.nn.linear.LARGE", 40 * 300 * 4)
+    large, small = nn.Linear(40, 300), nn.Linear(40, 299)
     with torch.no_grad():
-        assert few_rows(torch.randn(9, 40), wide.weight) is None
-        assert few_rows(torch.randn(2, 300), narrow.weight) is None
-    assert few_rows(torch.randn(2, 40), wide.weight) is None
+        assert few_rows(torch.randn(6, 40), large.weight) is None
+        assert few_rows(torch.randn(2, 40), small.weight) is None
+        assert few_rows(torch.randn(2, 40), large.weight) is not None
+    assert few_rows(torch.randn(2, 40), large.weight) is None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor itself uses torch.jit
