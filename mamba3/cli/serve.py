@@ -70,7 +70,7 @@ def serve(
     need_serve_extra()
     from mamba3.cli.in_use import in_use
     from mamba3.cli.models import load_model, pick_dtype
-    from mamba3.cli.serving import capture_graphs, find_template
+    from mamba3.cli.serving import find_template, make_ready
     from mamba3.engine import EngineConfig, ModelDraft, SessionStore
     from mamba3.serve import ServeConfig, Service
     from mamba3.serve.run import serve as run
@@ -95,7 +95,7 @@ def serve(
             per_key=per_key,
         )
         service = Service(lm, encoder, find_template(chat_template, model, encoder), config, engine, store, guesser)
-        capture_graphs(service.engine)
+        make_ready(service.engine)
         run(service, host, port, drain_seconds)
 
 

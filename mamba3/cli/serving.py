@@ -23,14 +23,16 @@ def need_serve_extra() -> None:
         raise ValueError(f"serving needs {', '.join(missing)}; pip install 'mamba3[serve]'.")
 
 
-def capture_graphs(engine: "Engine") -> None:
-    """Capture the engine's CUDA graphs, with a bar on stderr where that is a terminal; nothing where there are none."""
+def make_ready(engine: "Engine") -> None:
+    """Compile the engine's kernels and capture its graphs, with a bar on stderr where that is a terminal; nothing on a CPU."""
     console = Console(stderr=True)
-    columns = (TextColumn("capturing graphs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        for done, total in engine.capture():
-            bar.update(task, completed=done, total=total)
+        for title, work in (("compiling kernels", engine.rehearse()), ("capturing graphs", engine.capture())):
+            task = bar.add_task(title, total=None)
+            for done, total in work:
+                bar.update(task, completed=done, total=total)
+            bar.remove_task(task)
 
 
 def find_template(given: str | None, model: str, tokenizer: "Tokenizer") -> "ChatTemplate | None":

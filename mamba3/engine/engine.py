@@ -32,6 +32,7 @@ from mamba3.engine.flight import Flight
 from mamba3.engine.graphs import DecodeGraphs, why_not
 from mamba3.engine.paging import longest_sequence, make_pages
 from mamba3.engine.prefix_cache import PrefixCache
+from mamba3.engine.rehearsal import rehearse
 from mamba3.engine.replies import Note, Replies
 from mamba3.engine.request import Output, Request
 from mamba3.engine.rows import Rows
@@ -120,6 +121,12 @@ class Engine:
             self.config, self._rows, self.scheduler, self.cache, self._requests, self.counters,
             end_token=self.end_token, longest=None if pages is None else self.pool.max_length,
         )  # fmt: skip
+
+    def rehearse(self) -> Iterator[tuple[int, int]]:
+        """Read prompts that are made up, so that a GPU's kernels are compiled before requests come: (done, of how many) after
+        each. Nothing on a CPU, where nothing is compiled. Raises ValueError where a full step does not fit in memory."""
+        if self.model.embedding.weight.device.type != "cpu":
+            yield from rehearse(self.model, self.config)
 
     def capture(self) -> Iterator[tuple[int, int]]:
         """Capture the CUDA graphs that would otherwise be captured when they are first needed: (done, of how many) after each.
