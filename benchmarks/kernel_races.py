@@ -99,7 +99,8 @@ def steps(layer: Mamba3, b: int, kept: str) -> tuple[dict[str, Callable[[], obje
     """One step of a layer, projections included, and its kernel alone, with S in the dtype `kept`; and the bytes of S."""
     state = State(*(torch.randn_like(v) for v in layer.init_state(b)[:4]))
     state = state._replace(S=state.S.to(getattr(torch, kept)))
-    u = torch.randn(b, D_MODEL, device="cuda", dtype=torch.bfloat16)
+    weight = layer.in_proj.weight
+    u = torch.randn(b, weight.shape[1], device=weight.device, dtype=weight.dtype)
     row = layer.in_proj(u)
     step, kernel = torch.no_grad()(layer.step), torch.no_grad()(layer._decode)
     return {"layer": lambda: step(u, state), "kernel": lambda: kernel(row, state)}, state.S.nbytes

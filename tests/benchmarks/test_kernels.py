@@ -11,12 +11,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks import kernel_checks, kernel_jobs, kernels
+from benchmarks import kernel_checks, kernel_jobs, kernel_races, kernels
 from benchmarks import rivals as benchmark_rivals
 from benchmarks.cuda import spread
 from benchmarks.kernel_sizes import SHAPES, floors, moved_bytes, products_flops
 from benchmarks.plots import draw_kernels, draw_model
 from benchmarks.rivals import RIVALS, passes, rivals
+from mamba3.nn.mixer import Mamba3
 
 
 def test_the_floors_are_those_of_the_layer():
@@ -189,6 +190,26 @@ def test_a_run_that_is_cut_short_keeps_every_row_and_has_every_section_s_first_s
     assert [row["rank"] for row in kept["forward"]] == list(SHAPES) == [row["rank"] for row in kept["backward"]]
     assert [row["backward"] for row in kept["forward"] + kept["backward"]] == [False] * 2 + [True] * 2
     assert kept["decode"] == [{"rank": 1, "batch": 8}]
+
+
+def test_a_row_of_decode_for_every_rank_and_batch(monkeypatch):
+    """What a step is made of, on a CPU: graphs call it at once and the race takes one second a graph."""
+
+    def race(contestants, ours, rounds):
+        assert contestants["layer"].run() is not None  # the kernel alone needs a GPU
+        return {name: {"ms": {"median": 1e3}} for name in contestants}, {}
+
+    monkeypatch.setattr(kernel_races, "layer_of", lambda r: Mamba3(32, 16, headdim=8, mimo_rank=r))
+    monkeypatch.setattr(kernel_races, "STATES", ("float32",))  # a CPU steps in the weights' dtype
+    monkeypatch.setattr(kernel_races, "graphed", lambda run, repeats: run)
+    monkeypatch.setattr(kernel_races, "race", race)
+    settings = kernel_races.Settings({1: [], 4: []}, (1, 3), 3, None, {}, False, {"copy_TBs": 3.0})
+    rows = list(kernel_races.decode(settings, lambda _: None))
+    assert len({(row["rank"], row["batch"], row["state"]) for row in rows}) == 2 * 2 == len(rows)
+    assert set(rows[0]["times_ms"]) == {"layer", "kernel"}
+    assert rows[0]["times_ms"]["kernel"]["median"] == 1e3 / kernel_races.STEPS
+    state = 1 * 8 * 8 * 16 * 4  # batch, heads of 8 channels in 64, state, bytes
+    assert rows[0]["floors_ms"]["kernel"] == pytest.approx(2 * state / 3e9)
 
 
 def test_rivals_that_fail_or_take_too_long_are_left_out(without_a_gpu, monkeypatch):
