@@ -128,7 +128,8 @@ def test_what_cold_processes_compiled_is_found_where_it_is_put(monkeypatch, tmp_
     monkeypatch.setattr(knobs.cache, "dir", str(own))
     kernels._keep_compiled([str(cold)])
     found = FileCacheManager("kernel").get_group("k.json")
-    assert found == {"k.cubin": str(own / "kernel" / "k.cubin")} and Path(found["k.cubin"]).read_bytes() == b"code"
+    assert found is not None and found == {"k.cubin": str(own / "kernel" / "k.cubin")}
+    assert Path(found["k.cubin"]).read_bytes() == b"code"
 
 
 def test_candidates_are_spread_over_a_grid_and_do_not_cap_registers_where_they_need_not():
