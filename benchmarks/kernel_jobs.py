@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,23 +112,68 @@ def cold(rank: int, backward: bool) -> dict[str, float]:
     return dict(zip(("first_s", "odd_length_s", "longer_s"), seconds, strict=True))
 
 
+def warm(rank: int, b: int, t: int, backward: bool) -> None:
+    """Compiles ours for a shape, with what the user's cache has already."""
+    from benchmarks import kernel_races
+
+    kernel_races.ours(b, t, rank, backward).run()
+
+
+def decode(rank: int, state: str) -> None:
+    """Compiles ours for the decode steps of a rank and a dtype of the state.
+
+    A prompt is read first, as everywhere: Triton asks once in a process for its assembler's version, which is part of the keys
+    it finds kernels by, and a scan is where another assembler may be taken."""
+    from benchmarks import kernel_races
+    from benchmarks.kernel_sizes import DECODE
+
+    kernel_races.ours(1, 2048, rank, False).run()
+    layer = kernel_races.layer_of(rank)
+    for b in DECODE:
+        for run in kernel_races.steps(layer, b, state)[0].values():
+            run()
+
+
+def tile(kernel: str, b: int, t: int) -> None:
+    """Compiles a kernel of the official MIMO for a shape."""
+    from benchmarks import rivals
+
+    rivals.compile_official_mimo(kernel, b, t)
+
+
 def tune(name: str, b: int, t: int, part: int, parts: int, passes: list[bool]) -> Iterator[dict[str, Any]]:
-    """Compiles a rival for one part of its configurations and finds the best of them; what was compiled stays in the user's
-    cache. passes: the forward (False), and forward and backward (True); a result after each, with all before it."""
+    """Compiles a part of a rival's candidates and calls each once; what was compiled stays in the user's cache. passes: the
+    forward (False), and forward and backward (True); a result after each, with all before it."""
     import torch
 
     from benchmarks import rivals
+    from mamba3.ops.triton.assembler import sound_assembler
 
     rival = next(r for r in rivals.RIVALS if r.name == name)
-    built, start = rival.build(b, t), time.perf_counter()
-    rivals.shorten_tuning(part, parts)
-    for i, backward in enumerate(passes):
-        rivals.passes(*built, backward).run()
-        torch.cuda.synchronize()
-        yield {"seconds": time.perf_counter() - start, "done": passes[: i + 1], "winners": rivals.winners()}
+    with sound_assembler(torch.device("cuda")):
+        built, start = rival.build(b, t), time.perf_counter()
+        rivals.shorten_tuning(part, parts, measure=False)
+        for i, backward in enumerate(passes):
+            rivals.passes(*built, backward).run()
+            torch.cuda.synchronize()
+            yield {"seconds": time.perf_counter() - start, "done": passes[: i + 1]}
 
+
+def _timed(work: Callable[..., None], **settings: Any) -> list[dict[str, float]]:
+    start = time.perf_counter()
+    work(**settings)
+    return [{"seconds": time.perf_counter() - start}]
+
+
+KINDS: dict[str, Callable[..., Iterable[Any]]] = {
+    "check": lambda **s: [check(**s)],
+    "cold": lambda **s: [cold(**s)],
+    "warm": functools.partial(_timed, warm),
+    "decode": functools.partial(_timed, decode),
+    "tile": functools.partial(_timed, tile),
+    "tune": tune,
+}
 
 if __name__ == "__main__":
-    kinds = {"check": lambda **s: [check(**s)], "cold": lambda **s: [cold(**s)], "tune": tune}
-    for result in kinds[sys.argv[1]](**json.loads(sys.argv[2])):
+    for result in KINDS[sys.argv[1]](**json.loads(sys.argv[2])):
         replace_file(Path(sys.argv[3]), json.dumps(result).encode())

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.checks import distance
 from benchmarks.cuda import Contestant, graphed, race
 from benchmarks.kernel_sizes import D_MODEL, HEADDIM, STATE, floors, inputs
-from benchmarks.rivals import Prepared, passes, rivals
+from benchmarks.rivals import Unready, passes, rivals
 from mamba3 import ops
 from mamba3.nn.mixer import Mamba3
 from mamba3.ops.types import State
@@ -20,6 +20,7 @@ OURS = "triton"
 # How far the y of the PyTorch path, which is asked at the first shape alone, may lie from ours: both round to bfloat16.
 AGREE = 1e-2
 STEPS = 20  # decode steps a graph
+STATES = ("float32", "float16", "bfloat16")  # dtypes of S
 Say = Callable[[str], None]
 
 
@@ -28,15 +29,21 @@ def _scan(values: dict[str, Any], impl: Any) -> Callable[..., Tensor]:
     return lambda *v: ops.scan(**dict(zip(names, v, strict=True)), impl=impl).y
 
 
+def ours(b: int, t: int, r: int, backward: bool) -> Contestant:
+    """Our kernels at a shape."""
+    values = inputs(b, t, r, torch.bfloat16)
+    return passes(_scan(values, "triton"), list(values.values()), backward)
+
+
 class Settings(NamedTuple):
     """What is raced: shapes by rank and batches of a step; rounds; seconds a rival may take to be ready at a shape, None for
-    no rivals; what came of compiling them ahead; whether the PyTorch path is timed too; the measured `ceilings`."""
+    no rivals; what was not compiled ahead, and why; whether the PyTorch path is timed too; the measured `ceilings`."""
 
     shapes: Mapping[int, Sequence[tuple[int, int]]]
     batches: Sequence[int]
     rounds: int
     ready_s: float | None
-    prepared: Prepared
+    unready: Unready
     chunked: bool
     top: dict[str, float]
 
@@ -57,7 +64,7 @@ def _race_scan(backward: bool, r: int, b: int, t: int, first: bool, settings: Se
         _require_agreement(values)
     others, left_out = {}, {}
     if settings.ready_s is not None:
-        others, left_out = rivals(r, b, t, backward, settings.ready_s, settings.prepared)
+        others, left_out = rivals(r, b, t, backward, settings.ready_s, settings.unready)
     times, without = race(contestants | others, OURS, settings.rounds)
     floor = floors(b, t, r, backward, settings.top)
     row = {"rank": r, "batch": b, "tokens": t, "times": times, "left_out": left_out | without, "floors": floor}
@@ -82,41 +89,46 @@ def _line(title: str, row: dict[str, Any]) -> str:
     return f"{title}: {'; '.join(each)}{share}; left out: {row['left_out'] or 'none'}"
 
 
+def layer_of(r: int) -> Mamba3:
+    """The 1.5B model's."""
+    return Mamba3(D_MODEL, d_state=STATE, headdim=HEADDIM, mimo_rank=r, device="cuda", dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def steps(layer: Mamba3, b: int, kept: str) -> tuple[dict[str, Callable[[], object]], int]:
+    """One step of a layer, projections included, and its kernel alone, with S in the dtype `kept`; and the bytes of S."""
+    state = State(*(torch.randn_like(v) for v in layer.init_state(b)[:4]))
+    state = state._replace(S=state.S.to(getattr(torch, kept)))
+    weight = layer.in_proj.weight
+    u = torch.randn(b, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    row = layer.in_proj(u)
+    step, kernel = torch.no_grad()(layer.step), torch.no_grad()(layer._decode)
+    return {"layer": lambda: step(u, state), "kernel": lambda: kernel(row, state)}, state.S.nbytes
+
+
 @torch.no_grad()
 def decode(settings: Settings, say: Say) -> Iterator[dict[str, Any]]:
-    """One step of the 1.5B layer, projections included, and its kernel alone, as CUDA graphs of many steps: a row for each
-    rank, batch and dtype of the state."""
+    """`steps` as CUDA graphs of many: a row for each rank, batch and dtype of the state."""
     for r in settings.shapes:
-        layer = Mamba3(D_MODEL, d_state=STATE, headdim=HEADDIM, mimo_rank=r, device="cuda", dtype=torch.bfloat16)
+        layer = layer_of(r)
         weights = layer.in_proj.weight.nbytes + layer.out_proj.weight.nbytes
         for b in settings.batches:
-            for kept in (torch.float32, torch.float16, torch.bfloat16):
-                state = State(*(torch.randn_like(v) for v in layer.init_state(b)[:4]))
-                state = state._replace(S=state.S.to(kept))
-                u = torch.randn(b, D_MODEL, device="cuda", dtype=torch.bfloat16)
-                row = layer.in_proj(u)
-                graphs = {
-                    "layer": graphed(lambda layer=layer, u=u, state=state: layer.step(u, state), STEPS),
-                    "kernel": graphed(lambda layer=layer, row=row, state=state: layer._decode(row, state), STEPS),
-                }
-                seen, _ = race({name: Contestant(graph) for name, graph in graphs.items()}, "layer", settings.rounds)
+            for kept in STATES:
+                each, held = steps(layer, b, kept)
+                graphs = {name: Contestant(graphed(run, STEPS)) for name, run in each.items()}
+                seen, _ = race(graphs, "layer", settings.rounds)
                 times = {name: {k: ms / STEPS for k, ms in v["ms"].items()} for name, v in seen.items()}
-                moved = 2 * state.S.nbytes
-                floor = {
-                    name: v / settings.top["copy_TBs"] / 1e9
-                    for name, v in (("layer", moved + weights), ("kernel", moved))
-                }
-                state_name = str(kept).removeprefix("torch.")
-                say(f"decode R={r} B={b} {state_name}: "
+                moved = {"layer": 2 * held + weights, "kernel": 2 * held}
+                floor = {name: v / settings.top["copy_TBs"] / 1e9 for name, v in moved.items()}
+                say(f"decode R={r} B={b} {kept}: "
                     + ", ".join(f"{k} {v['median']:.4f} ms (floor {floor[k]:.4f})" for k, v in times.items()))  # fmt: skip
-                yield {"rank": r, "batch": b, "state": state_name, "times_ms": times, "floors_ms": floor}
-                del graphs, state
+                yield {"rank": r, "batch": b, "state": kept, "times_ms": times, "floors_ms": floor}
+                del graphs, each
 
 
 def profile(b: int, t: int, r: int, backward: bool) -> dict[str, float]:
     """Microseconds of each kernel in one call, the longest first."""
-    values = inputs(b, t, r, torch.bfloat16)
-    contestant = passes(_scan(values, "triton"), list(values.values()), backward)
+    contestant = ours(b, t, r, backward)
     for _ in range(2):
         contestant.run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:

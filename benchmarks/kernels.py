@@ -2,15 +2,16 @@
 
 Contestants take turns in one process (`cuda.race`). `roofline` is the larger of two floors, bytes over the copy rate and
 products over the matrix rate, both rates measured in the same run, divided by the time. `cold` is the first result on an
-empty cache of compiled kernels, beside the other processes that compile. Every section's first shape comes before the
-others, and the file is written anew after every row: a run cut short keeps what it has.
+empty cache of compiled kernels, of every rank and pass side by side, with nothing else running yet. Every section's first
+shape comes before the others, and the file is written anew after every row: a run cut short keeps what it has.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,107 +24,118 @@ from benchmarks.kernel_jobs import Job, Outcome, cold_caches, run_all
 from benchmarks.kernel_races import Settings
 from benchmarks.kernel_sizes import DECODE, SHAPES
 from benchmarks.plots import draw_kernels
-from benchmarks.rivals import RIVALS, Prepared
+from benchmarks.rivals import CANDIDATES, MIMO_KERNELS, RIVALS, Unready, winners
 
 SECTIONS = ("forward", "backward", "decode", "profile")
+TITLES = {True: "forward + backward", False: "forward"}
 # Where rivals are compiled ahead: what they tune does not depend on batch and length, but for the official MIMO.
 TUNED_AT = (8, 2048)
+WARMED = ((8, 2048), (1, 16384))  # ours: whole sequences, and segments
 PROFILED = (8, 2048)
+Keep = Callable[[dict[str, Any]], object]
 
 
 def say(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
-def _jobs(caches: list[str], backward: bool, with_rivals: bool, quick: bool) -> dict[str, Job]:
-    """Everything that compiles, what is waited for first; `backward`: that pass too; `quick`: one check of each kind."""
-    jobs, passes = {}, (True, False) if backward else (False,)
-    titles = {True: "forward + backward", False: "forward"}
-    for i, (rank, wanted) in enumerate((r, w) for r in SHAPES for w in passes):
-        jobs[f"cold R={rank} {titles[wanted]}"] = Job("cold", {"rank": rank, "backward": wanted}, caches[i])
+def _cold_jobs(caches: list[str], backward: bool) -> dict[str, Job]:
+    kinds = [(rank, wanted) for rank in SHAPES for wanted in ((True, False) if backward else (False,))]
+    return {
+        f"cold R={rank} {TITLES[wanted]}": Job("cold", {"rank": rank, "backward": wanted}, caches[i])
+        for i, (rank, wanted) in enumerate(kinds)
+    }
+
+
+def _jobs(backward: bool, decode: bool, with_rivals: bool, quick: bool) -> dict[str, Job]:
+    """Everything else that compiles, what takes longest first; `quick`: one check of each kind."""
+    jobs: dict[str, Job] = {}
+    kernels = MIMO_KERNELS if backward else MIMO_KERNELS[-1:]
+    for rival in (r for r in RIVALS if with_rivals and r.parts < 0):
+        for b, t in (s for s in SHAPES[rival.rank][: 1 if quick else None] if s[1] <= rival.longest):
+            for kernel in kernels:
+                jobs[f"compile {rival.name} ({b}, {t}) {kernel}"] = Job("tile", {"kernel": kernel, "b": b, "t": t})
     for dtype, cases in CASES.items():
         for name in ("backward", "forward") if backward else ("forward",):
             for case in cases[name][: 1 if quick else None]:
                 settings = {"dtype": dtype, "backward": name == "backward", "case": case}
                 jobs[f"check {name} {dtype} {case}"] = Job("check", settings)
-    for rival in RIVALS if with_rivals else ():
-        together = [[False, True]] if backward and rival.parts > 0 else [[wanted] for wanted in passes]
-        for which in together:
-            # What compiles anew for every shape is asked for all of them forward, and for one backward, which takes minutes.
-            every = rival.parts < 0 and not quick and not which[-1]
-            for b, t in (s for s in (SHAPES[rival.rank] if every else [TUNED_AT]) if s[1] <= rival.longest):
-                for part in range(abs(rival.parts)):
-                    settings = {
-                        "name": rival.name,
-                        "b": b,
-                        "t": t,
-                        "part": part,
-                        "parts": abs(rival.parts),
-                        "passes": which,
-                    }
-                    title = f"compile {rival.name} ({b}, {t}) {titles[which[-1]]} {part + 1}/{abs(rival.parts)}"
-                    jobs[title] = Job("tune", settings)
+    passes = [False, True] if backward else [False]
+    for rival in (r for r in RIVALS if with_rivals and r.parts > 0):
+        for part in range(rival.parts):
+            settings = {"name": rival.name, "b": TUNED_AT[0], "t": TUNED_AT[1], "part": part, "parts": rival.parts}
+            jobs[f"compile {rival.name} {part + 1}/{rival.parts}"] = Job("tune", settings | {"passes": passes})
+    for rank in SHAPES:
+        for b, t in WARMED[: 1 if quick else None]:
+            settings = {"rank": rank, "b": b, "t": t, "backward": backward}
+            jobs[f"compile ours R={rank} ({b}, {t})"] = Job("warm", settings)
+        for state in kernel_races.STATES if decode else ():
+            jobs[f"compile decode R={rank} {state}"] = Job("decode", {"rank": rank, "state": state})
     return jobs
 
 
-def _prepare(limit_s: float, backward: bool, with_rivals: bool, quick: bool) -> tuple[dict[str, Any], Prepared]:
-    """Checks, cold starts, and rivals compiled. ValueError where a check is red or could not be made."""
+def _prepare(
+    limit_s: float, sections: Sequence[str], with_rivals: bool, quick: bool, keep: Keep
+) -> tuple[dict[str, Any], Unready]:
+    """Cold starts, then checks, and everything compiled. ValueError where a check is red or could not be made."""
+    backward, start = "backward" in sections, time.monotonic()
     with cold_caches(2 * len(SHAPES)) as caches:
-        jobs = _jobs(caches, backward, with_rivals, quick)
-        outcomes = run_all(jobs, limit_s, 3 * (os.cpu_count() or 1) // 2, say)
+        jobs = _cold_jobs(caches, backward)
+        cold = run_all(jobs, limit_s, len(jobs), say)
         _keep_compiled(caches)
-
-    def of(kind: str) -> dict[str, Outcome]:
-        return {name: outcomes[name] for name, job in jobs.items() if job.kind == kind}
-
-    checks = [o.result for o in of("check").values() if o.result]
-    red = [row for row in checks if not row["ok"]] + [f"{name}: {o.why}" for name, o in of("check").items() if o.why]
+    done: dict[str, Any] = {"cold": {name: o.result or {"failed": o.why} for name, o in cold.items()}}
+    for name, row in done["cold"].items():
+        say(f"{name}: {row}")
+    keep(done)
+    jobs = _jobs(backward, "decode" in sections, with_rivals, quick)
+    outcomes = run_all(jobs, limit_s - (time.monotonic() - start), 3 * (os.cpu_count() or 1) // 2, say)
+    checked = {name: outcomes[name] for name, job in jobs.items() if job.kind == "check"}
+    done["checks"] = checks = [o.result for o in checked.values() if o.result]
+    red = [row for row in checks if not row["ok"]] + [f"{name}: {o.why}" for name, o in checked.items() if o.why]
     if red:
         raise ValueError(f"{len(red)} checks are red, so nothing is timed; the first: {red[0]}")
-    say(f"{len(checks)} checks green")
-    cold = {name: o.result or {"failed": o.why} for name, o in of("cold").items()}
-    for name, row in cold.items():
-        say(f"{name}: {row}")
-    done = {
-        "checks": checks,
-        "cold": cold,
-        "compiled_ahead": {
-            name: (o.result or {}) | ({"failed": o.why} if o.why else {}) for name, o in of("tune").items()
-        },
+    say(f"{len(checks)} checks green, {time.monotonic() - start:.0f} s")
+    done["compiled_ahead"] = {
+        name: (outcomes[name].result or {}) | ({"failed": why} if (why := outcomes[name].why) else {})
+        for name in jobs
+        if name not in checked
     }
-    return done, _prepared(jobs, outcomes)
+    keep(done)
+    return done, _unready(jobs, outcomes)
 
 
 def _keep_compiled(caches: list[str]) -> None:
-    """What the cold processes compiled is put where this one looks for it."""
+    """What the cold processes compiled is put where this one looks for it: Triton's lists of a kernel's files have their full
+    paths, and a file that is not there is compiled anew."""
     from triton import knobs
 
     for folder in caches:
+        for listed in Path(folder).glob("*/__grp__*.json"):
+            listed.write_text(listed.read_text().replace(str(folder), knobs.cache.dir))
         shutil.copytree(folder, knobs.cache.dir, dirs_exist_ok=True)
 
 
-def _prepared(jobs: dict[str, Job], outcomes: dict[str, Outcome]) -> Prepared:
-    """What the processes that compiled rivals found. One is unready where none of its processes was done."""
-    finalists: dict[str, set[str]] = {}
-    failed: dict[tuple[str, int, int, bool], str] = {}
-    ready: set[tuple[str, int, int, bool]] = set()
-    for name, job in ((name, job) for name, job in jobs.items() if job.kind == "tune"):
-        rival = next(r for r in RIVALS if r.name == job.settings["name"])
-        shapes = [(job.settings["b"], job.settings["t"])] if rival.parts < 0 else SHAPES[rival.rank]
-        outcome = outcomes[name]
-        for kernel, configs in (outcome.result or {}).get("winners", {}).items():
-            finalists.setdefault(kernel, set()).update(configs)
-        for b, t in shapes:
-            for wanted in job.settings["passes"]:
-                if wanted in (outcome.result or {}).get("done", ()):
-                    ready.add((rival.name, b, t, wanted))
-                else:
-                    failed[(rival.name, b, t, wanted)] = f"compiling ahead {outcome.why}"
-    everything = (
-        (r.name, b, t, wanted) for r in RIVALS if r.parts for b, t in SHAPES[r.rank] for wanted in (False, True)
-    )
-    never = "not asked for: it compiles anew for every shape"
-    return Prepared(finalists, {key: failed.get(key, never) for key in everything if key not in ready})
+def _unready(jobs: dict[str, Job], outcomes: dict[str, Outcome]) -> Unready:
+    """Rivals that were not compiled ahead. One that tunes itself is ready where any of its processes was done: what others did
+    not compile is then compiled when it is tuned. One that compiles anew for a shape needs all the kernels of a pass."""
+    unready: dict[tuple[str, int, int, bool], str] = {}
+    for rival in (r for r in RIVALS if r.parts):
+        for b, t in SHAPES[rival.rank]:
+            for wanted in (False, True):
+                late = []
+                for name, job in jobs.items():
+                    own = job.settings
+                    if job.kind == "tile" and rival.parts < 0 and (own["b"], own["t"]) == (b, t):
+                        if wanted or own["kernel"] == MIMO_KERNELS[-1]:
+                            late.append(outcomes[name].why)
+                    elif job.kind == "tune" and own["name"] == rival.name:
+                        done = wanted in (outcomes[name].result or {}).get("done", ())
+                        late.append(None if done else outcomes[name].why)
+                if not late:
+                    unready[rival.name, b, t, wanted] = "not asked for: it compiles anew for every shape"
+                elif all(late) or (rival.parts < 0 and any(late)):
+                    unready[rival.name, b, t, wanted] = f"compiling ahead {next(why for why in late if why)}"
+    return unready
 
 
 def run(
@@ -153,22 +165,27 @@ def run(
     torch.manual_seed(0)
     where = environment.describe("cuda")
     say(f"{where['device']}, commit {where['commit']}")
-    measured, prepared = _prepare(limit_s, "backward" in sections, with_rivals, quick)
+    every = set(sections) == set(SECTIONS)
+    subject = "kernels" if every else f"kernels-{'-'.join(s for s in SECTIONS if s in sections)}"
+
+    def keep(measured: dict[str, Any]) -> None:
+        results.write(subject, where, quick, measured, None, folder)
+
+    measured, unready = _prepare(limit_s, sections, with_rivals, quick, keep)
     top = measured["ceilings"] = ceilings()
     say(f"ceilings: {top}")
     settings = Settings(
         shapes={r: shapes[:1] if quick else shapes for r, shapes in SHAPES.items()},
         batches=DECODE[:1] if quick else DECODE, rounds=3 if quick else ROUNDS,
-        ready_s=ready_s if with_rivals else None, prepared=prepared, chunked=chunked, top=top,
+        ready_s=ready_s if with_rivals else None, unready=unready, chunked=chunked, top=top,
     )  # fmt: skip
-    every = set(sections) == set(SECTIONS)
-    subject = "kernels" if every else f"kernels-{'-'.join(s for s in SECTIONS if s in sections)}"
-    out = results.write(subject, where, quick, measured, None, folder)
     for name, rows in _races(sections, settings):
         for row in rows:
             measured.setdefault(name, []).append(row)
-            results.write(subject, where, quick, measured, None, folder)
-    results.write(subject, where, quick, measured, draw_kernels, folder)
+            if with_rivals:
+                measured["tuned"] = {"candidates": CANDIDATES, "best": winners()}
+            keep(measured)
+    out = results.write(subject, where, quick, measured, draw_kernels, folder)
     if "profile" in sections:
         measured["profile"] = {
             f"R={r} {name}": kernel_races.profile(*PROFILED, r, name == "backward")

@@ -1,15 +1,16 @@
 """Kernels of other projects at the sizes of `kernel_sizes`, where they can be imported; called as their authors call them.
 
 Their results are timed and not checked: random inputs in the ranges their models feed them. Each tunes itself before it is
-timed: `kernel_jobs.tune` shares its authors' grid of configurations among processes, and the winners meet again here. One
-that cannot be built or run, or not in time, is left out, and the results say why.
+timed, among `candidates` of its authors' grid, which processes of `kernel_jobs` have compiled by then. All are compiled by the
+assembler that ours take: on Hopper their backward passes too may be wrong with Triton 3.6's own. One that cannot be built or
+run, or not in time, is left out, and the results say why.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from benchmarks.compilation import time_limit
 from benchmarks.cuda import Contestant
 from benchmarks.kernel_sizes import HEADDIM, HEADS, PAIRS, STATE
+from mamba3.ops.triton.assembler import replaced, sound_assembler
 
 Built = tuple[Callable[..., Tensor], list[Tensor]]
 
@@ -79,16 +81,39 @@ def official_mimo(b: int, t: int) -> Built:
     return run, [C, B, x, -dt, dt, lam, *bias, *mimo, angles, D, z]
 
 
+def compile_official_mimo(kernel: str, b: int, t: int) -> None:
+    """One of MIMO_KERNELS for a shape, into TileLang's own cache; needs a CUDA compiler and no GPU."""
+    from mamba_ssm.ops.tilelang.mamba3 import mamba3_mimo_bwd, mamba3_mimo_fwd  # type: ignore[import-not-found]
+
+    # batch, tokens, heads, groups, state, channels, rank; z, D and mimo_o are given; no norm
+    given = (b, t, HEADS, 1, STATE, HEADDIM, 4, True, True, True, False)
+    if kernel == "forward":
+        mamba3_mimo_fwd.mamba_mimo_fwd(*given, chunk_size=16, rotary_dim_divisor=4, dtype="bfloat16")
+    elif kernel == "states of the backward pass":
+        mamba3_mimo_bwd.mamba_mimo_bwd_fwd(*given, 16, 4, "bfloat16", 1e-5, 128, 0, states_dtype=torch.bfloat16)
+    else:
+        mamba3_mimo_bwd.mamba_mimo_bwd_bwd(*given, 16, 4, "bfloat16", 256, 0, states_dtype=torch.bfloat16)
+
+
 def gated_delta_rule(b: int, t: int) -> Built:
     """flash-linear-attention's gated delta rule as the paper sizes it, 16 heads with keys of 128 and values of 256: a state
-    of the same size, and the same inner width."""
+    of the same size, and the same inner width. It refuses its backward pass on Hopper under Triton 3.4 to 3.7.0, whose
+    assembler is at fault; where `sound_assembler` replaces that, the refusal is lifted."""
+    from fla.ops.common import chunk_o  # type: ignore[import-not-found]
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # type: ignore[import-not-found]
+
+    if replaced(torch.device("cuda")):
+        chunk_o.TRITON_ABOVE_3_7_1 = True
 
     q, k = (F.normalize(_normal(b, t, 16, 128), dim=-1) for _ in range(2))
     g, beta = -0.1 * _uniform(b, t, 16), _uniform(b, t, 16).bfloat16()
     return (lambda q, k, v, g, beta: chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0]), [
         q, k, _normal(b, t, 16, 256), g, beta,
     ]  # fmt: skip
+
+
+# What the official MIMO compiles anew for every shape, the longest first; its forward pass needs the last alone.
+MIMO_KERNELS = ("backward", "states of the backward pass", "forward")
 
 
 class Rival(NamedTuple):
@@ -105,8 +130,8 @@ class Rival(NamedTuple):
 RIVALS = (
     Rival("official MIMO", official_mimo, 4, 16384, -1),
     Rival("SDPA, 32 heads of 64", sdpa, 1, 16384, 0),
-    Rival("Mamba-2", mamba2, 1, 131072, 4),
-    Rival("gated delta rule", gated_delta_rule, 1, 131072, 4),
+    Rival("Mamba-2", mamba2, 1, 131072, 6),
+    Rival("gated delta rule", gated_delta_rule, 1, 131072, 6),
     Rival("official SISO", official_siso, 1, 131072, 8),
 )
 
@@ -130,32 +155,40 @@ def failures() -> tuple[type[Exception], ...]:
     return (*known, TimeoutError, TritonError)
 
 
-class Prepared(NamedTuple):
-    """What came of compiling rivals ahead: the configurations that won a part of their grid, by kernel, and why a rival is
-    not ready at a shape and pass (forward, or backward too)."""
-
-    finalists: Mapping[str, Collection[str]] = {}
-    unready: Mapping[tuple[str, int, int, bool], str] = {}
+Unready = Mapping[tuple[str, int, int, bool], str]  # why a rival is not ready at a shape, forward or backward too
+CANDIDATES = 12
 
 
-def shorten_tuning(part: int = 0, parts: int = 1, finalists: Mapping[str, Collection[str]] = {}) -> None:
-    """Autotuners that exist measure for 20 ms instead of 100, and try every `parts`-th of their configurations, or the
-    finalists where there are any."""
+def candidates(configs: list[Any]) -> list[Any]:
+    """At most CANDIDATES of an authors' grid, spread over it, and of those that cap registers the uncapped ones. Only the
+    official SISO's grids are longer: 27 to 81 configurations a kernel, a third of which cap at 256, which is no cap."""
+    plain = [c for c in configs if c.maxnreg is None] or configs
+    most = min(len(plain), CANDIDATES)
+    return [plain[i * len(plain) // most] for i in range(most)]
+
+
+def once(kernel: Callable[[], object], quantiles: tuple[float, ...]) -> list[float]:
+    """In the place of a measurement: what is called is compiled."""
+    kernel()
+    return [0.0] * len(quantiles)
+
+
+def shorten_tuning(part: int = 0, parts: int = 1, measure: bool = True) -> None:
+    """Autotuners that exist try `candidates`, or every `parts`-th of them, for 10 ms each instead of 100, or call each once."""
     from triton.testing import do_bench
 
     for tuner in _autotuners():
-        tuner._do_bench = functools.partial(do_bench, warmup=5, rep=20)  # Autotuner has no public way to say so later
-        chosen = [c for c in tuner.configs if str(c) in finalists.get(_name(tuner), ())]
-        tuner.configs = chosen or tuner.configs[part::parts] or tuner.configs[:1]
+        # Autotuner has no public way to say so later.
+        tuner._do_bench = functools.partial(do_bench, warmup=2, rep=10) if measure else once
+        chosen = candidates(tuner.configs)
+        tuner.configs = chosen[part::parts] or chosen[:1]
 
 
-def winners() -> dict[str, list[str]]:
-    """What each autotuner that has run found best."""
-    found: dict[str, list[str]] = {}
-    for tuner in _autotuners():
-        if tuner.cache:
-            found.setdefault(_name(tuner), []).extend(str(c) for c in tuner.cache.values())
-    return found
+def winners() -> dict[str, str]:
+    """What each autotuner that has run found best, by kernel."""
+    return {
+        _name(tuner): "; ".join(sorted(set(map(str, tuner.cache.values())))) for tuner in _autotuners() if tuner.cache
+    }
 
 
 def _autotuners() -> list[Any]:
@@ -170,7 +203,7 @@ def _name(tuner: Any) -> str:
 
 
 def rivals(
-    rank: int, b: int, t: int, backward: bool, limit_s: float, prepared: Prepared
+    rank: int, b: int, t: int, backward: bool, limit_s: float, unready: Unready
 ) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Those that run here, warm, and why the others do not. limit_s: seconds each may take to be ready."""
     runs, left_out = {}, {}
@@ -180,13 +213,13 @@ def rivals(
         if t > rival.longest:
             left_out[rival.name] = f"asked for {rival.longest} tokens at most"
             continue
-        if why := prepared.unready.get((rival.name, b, t, backward)):
+        if why := unready.get((rival.name, b, t, backward)):
             left_out[rival.name] = why
             continue
         try:
-            with time_limit(limit_s):
+            with time_limit(limit_s), sound_assembler(torch.device("cuda")):
                 built = rival.build(b, t)
-                shorten_tuning(finalists=prepared.finalists)
+                shorten_tuning()
                 contestant = passes(*built, backward)
                 contestant.run()
                 torch.cuda.synchronize()

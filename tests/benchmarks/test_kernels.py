@@ -1,20 +1,23 @@
 """What the kernels' benchmark does without a GPU: floors, checks, jobs, the plots, and rivals that cannot run."""
 
+import contextlib
 import json
 import subprocess
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks import kernel_checks, kernel_jobs, kernels
+from benchmarks import kernel_checks, kernel_jobs, kernel_races, kernels
 from benchmarks import rivals as benchmark_rivals
 from benchmarks.cuda import spread
 from benchmarks.kernel_sizes import SHAPES, floors, moved_bytes, products_flops
 from benchmarks.plots import draw_kernels, draw_model
-from benchmarks.rivals import RIVALS, Prepared, passes, rivals
+from benchmarks.rivals import RIVALS, passes, rivals
+from mamba3.nn.mixer import Mamba3
 
 
 def test_the_floors_are_those_of_the_layer():
@@ -30,7 +33,7 @@ def test_the_floors_are_those_of_the_layer():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
 @pytest.mark.parametrize("rank", [1, 4])
 def test_rivals_that_cannot_run_are_left_out_and_say_why(rank):
-    runs, left_out = rivals(rank, 1, 64, True, 60.0, Prepared())
+    runs, left_out = rivals(rank, 1, 64, True, 60.0, {})
     assert not runs
     assert set(left_out) == {rival.name for rival in RIVALS if rival.rank == rank}
     assert all(left_out.values())
@@ -86,36 +89,59 @@ def test_a_job_s_result_is_what_it_wrote_whatever_it_printed(monkeypatch):
 
 
 def test_every_shape_and_dtype_has_its_jobs():
-    jobs = kernels._jobs(["a", "b", "c", "d"], backward=True, with_rivals=True, quick=False)
+    cold = kernels._cold_jobs(["a", "b", "c", "d"], backward=True)
+    assert len(cold) == 2 * len(SHAPES) == len({job.cache for job in cold.values()})
+    jobs = kernels._jobs(backward=True, decode=True, with_rivals=True, quick=False)
     kinds = [job.kind for job in jobs.values()]
-    assert kinds.count("cold") == 2 * len(SHAPES) == len({job.cache for job in jobs.values() if job.kind == "cold"})
     assert kinds.count("check") == sum(len(v) for cases in kernel_checks.CASES.values() for v in cases.values())
-    assert (
-        kinds.count("tune")
-        == sum(r.parts for r in RIVALS if r.parts > 0) + 4  # official MIMO: forward at three shapes, backward at one
-    )  # the last: shapes of the official MIMO
-    few = kernels._jobs(["a", "b"], backward=False, with_rivals=False, quick=True).values()
-    assert {job.kind for job in few} == {"cold", "check"} and not any(job.settings["backward"] for job in few)
+    assert kinds.count("tune") == sum(r.parts for r in RIVALS if r.parts > 0)
+    assert kinds.count("tile") == 9  # of the official MIMO: three kernels at three shapes
+    assert kinds.count("decode") == 3 * len(SHAPES) and kinds.count("warm") == 2 * len(SHAPES)
+    few = kernels._jobs(backward=False, decode=False, with_rivals=False, quick=True).values()
+    assert {job.kind for job in few} == {"check", "warm"} and not any(job.settings["backward"] for job in few)
+    assert set(kinds) | {"cold"} == set(kernel_jobs.KINDS)
 
 
-def test_winners_of_the_parts_of_a_grid_meet_again():
-    def job(name, b, part):
-        return kernel_jobs.Job(
-            "tune", {"name": name, "b": b, "t": 2048, "part": part, "parts": 3, "passes": [False, True]}
-        )
+def test_a_rival_is_unready_where_none_of_its_processes_was_done_or_a_kernel_of_the_shape_is_missing():
+    jobs = kernels._jobs(backward=True, decode=False, with_rivals=True, quick=False)
+    outcomes = {name: kernel_jobs.Outcome({"seconds": 1.0, "done": [False, True]}, None) for name in jobs}
+    assert set(kernels._unready(jobs, outcomes)) == {("official MIMO", 1, 131072, wanted) for wanted in (False, True)}
+    late = kernel_jobs.Outcome(None, "late")
+    outcomes["compile official MIMO (8, 2048) backward"] = late
+    outcomes |= {name: late for name in jobs if "gated" in name}
+    outcomes["compile Mamba-2 1/6"] = late
+    outcomes["compile Mamba-2 2/6"] = kernel_jobs.Outcome({"done": [False]}, "late")
+    unready = kernels._unready(jobs, outcomes)
+    assert "late" in unready["official MIMO", 8, 2048, True] and "late" in unready["gated delta rule", 1, 16384, False]
+    assert ("official MIMO", 8, 2048, False) not in unready and ("official MIMO", 128, 512, True) not in unready
+    assert not any(name == "Mamba-2" for name, *_ in unready)
 
-    jobs = {str(part): job("Mamba-2", 8, part) for part in range(3)} | {"8": job("official MIMO", 8, 0)}
-    outcomes = {
-        "0": kernel_jobs.Outcome({"done": [False], "winners": {"k": ["a"], "l": ["c"]}}, "late"),
-        "1": kernel_jobs.Outcome({"done": [False, True], "winners": {"k": ["b", "a"]}}, None),
-        "2": kernel_jobs.Outcome(None, "late"),
-        "8": kernel_jobs.Outcome(None, "late"),
-    }
-    prepared = kernels._prepared(jobs, outcomes)
-    assert prepared.finalists == {"k": {"a", "b"}, "l": {"c"}}
-    assert "late" in prepared.unready[("official MIMO", 8, 2048, True)]
-    assert "not asked for" in prepared.unready[("official MIMO", 1, 16384, True)]
-    assert ("Mamba-2", 32, 2048, True) not in prepared.unready and ("SDPA", 8, 2048, False) not in prepared.unready
+
+def test_what_cold_processes_compiled_is_found_where_it_is_put(monkeypatch, tmp_path):
+    from triton import knobs
+    from triton.runtime.cache import FileCacheManager
+
+    cold, own = tmp_path / "cold", tmp_path / "own"
+    monkeypatch.setattr(knobs.cache, "dir", str(cold))
+    manager = FileCacheManager("kernel")
+    manager.put_group("k.json", {"k.cubin": manager.put(b"code", "k.cubin")})
+    monkeypatch.setattr(knobs.cache, "dir", str(own))
+    kernels._keep_compiled([str(cold)])
+    found = FileCacheManager("kernel").get_group("k.json")
+    assert found is not None and found == {"k.cubin": str(own / "kernel" / "k.cubin")}
+    assert Path(found["k.cubin"]).read_bytes() == b"code"
+
+
+def test_candidates_are_spread_over_a_grid_and_do_not_cap_registers_where_they_need_not():
+    class Config(NamedTuple):
+        num_warps: int
+        maxnreg: int | None
+
+    grid = [Config(w, r) for w in range(30) for r in (None, 128)]
+    kept = benchmark_rivals.candidates(grid)
+    assert len(kept) == 12 and {c.maxnreg for c in kept} == {None}
+    assert kept[0].num_warps == 0 and kept[-1].num_warps >= 27 and len({c.num_warps for c in kept}) == 12
+    assert benchmark_rivals.candidates(kept) == kept and len(benchmark_rivals.candidates(grid[1:2])) == 1
 
 
 def test_the_plots_have_a_panel_a_shape(tmp_path):
@@ -142,7 +168,7 @@ def without_a_gpu(monkeypatch):
     monkeypatch.setattr(
         kernels.environment, "describe", lambda _: {"date": "2026-11-22", "device": "none", "commit": ""}
     )
-    monkeypatch.setattr(kernels, "_prepare", lambda *_: ({"checks": []}, Prepared()))
+    monkeypatch.setattr(kernels, "_prepare", lambda *_: ({"checks": []}, {}))
     monkeypatch.setattr(kernels, "ceilings", lambda: {"copy_TBs": 3.0, "matmul_TFLOPs": 700.0})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -167,6 +193,26 @@ def test_a_run_that_is_cut_short_keeps_every_row_and_has_every_section_s_first_s
     assert kept["decode"] == [{"rank": 1, "batch": 8}]
 
 
+def test_a_row_of_decode_for_every_rank_and_batch(monkeypatch):
+    """What a step is made of, on a CPU: graphs call it at once and the race takes one second a graph."""
+
+    def race(contestants, ours, rounds):
+        assert contestants["layer"].run() is not None  # the kernel alone needs a GPU
+        return {name: {"ms": {"median": 1e3}} for name in contestants}, {}
+
+    monkeypatch.setattr(kernel_races, "layer_of", lambda r: Mamba3(32, 16, headdim=8, mimo_rank=r))
+    monkeypatch.setattr(kernel_races, "STATES", ("float32",))  # a CPU steps in the weights' dtype
+    monkeypatch.setattr(kernel_races, "graphed", lambda run, repeats: run)
+    monkeypatch.setattr(kernel_races, "race", race)
+    settings = kernel_races.Settings({1: [], 4: []}, (1, 3), 3, None, {}, False, {"copy_TBs": 3.0})
+    rows = list(kernel_races.decode(settings, lambda _: None))
+    assert len({(row["rank"], row["batch"], row["state"]) for row in rows}) == 2 * 2 == len(rows)
+    assert set(rows[0]["times_ms"]) == {"layer", "kernel"}
+    assert rows[0]["times_ms"]["kernel"]["median"] == 1e3 / kernel_races.STEPS
+    state = 1 * 8 * 8 * 16 * 4  # batch, heads of 8 channels in 64, state, bytes
+    assert rows[0]["floors_ms"]["kernel"] == pytest.approx(2 * state / 3e9)
+
+
 def test_rivals_that_fail_or_take_too_long_are_left_out(without_a_gpu, monkeypatch):
     def late(b, t):
         time.sleep(5)
@@ -180,6 +226,7 @@ def test_rivals_that_fail_or_take_too_long_are_left_out(without_a_gpu, monkeypat
         return call, [torch.ones(1)]
 
     for build, limit_s, why in ((failing, 60.0, "TRAP dtype"), (late, 0.2, "not done after 0 s")):
+        monkeypatch.setattr(benchmark_rivals, "sound_assembler", lambda _: contextlib.nullcontext())
         monkeypatch.setattr(benchmark_rivals, "RIVALS", [RIVALS[0]._replace(build=build)])
-        runs, left_out = rivals(4, 1, 64, False, limit_s, Prepared())
+        runs, left_out = rivals(4, 1, 64, False, limit_s, {})
         assert not runs and why in left_out[RIVALS[0].name]
