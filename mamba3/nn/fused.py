@@ -20,7 +20,7 @@ def fused_rows(*tensors: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() and any(v.requires_grad for v in given):
         return False
-    return all(why_not(v.device, v.dtype) is None for v in given)
+    return all(why_not(*place) is None for place in {(v.device, v.dtype) for v in given})
 
 
 def fused_products(u: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

@@ -23,7 +23,8 @@ def test_what_is_compiled_ahead_is_what_is_launched_and_errors_are_raised_there(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    failing = told.pop("a kernel that does not compile")
+    failing, later = told.pop("a kernel that does not compile"), told.pop("later lengths, many cores")
+    assert len(later) == 6 and all(each == [] for each in later), later
     assert failing["launched"] == failing["alone"] == "gradient_rows_kernel does not fit"
     assert told.keys() == CASES.keys()
     for case, each in told.items():
@@ -154,7 +155,24 @@ def report() -> dict:
         found = {"alone": alone, "ahead": compile_ahead(), "launched": call(), "again": compile_ahead()}
         return found | {"together": together.is_set()}
 
+    def later(b: int, t: int, r: int = 1, state: bool = False, recorded: bool = True) -> list[str]:
+        """What calls of other lengths and batches compile after a first one where there are many cores."""
+        for kernel in kernels_of(backward, forward):
+            kernel.device_caches.clear()
+        ahead.cores = lambda: 8
+        inp, gate, given = arguments(b, t, Sizes(r=r), sequences=b if state else None)
+        library.compile_ahead(inp, gate, given, None, wide=False, recorded=recorded)
+        asked.clear()
+        for batch, tokens in ((1, 1), (1, 4097), (1, 16384), (8, 2048), (8, 2049), (32, 100), (1, 131072)):
+            inp, gate, given = arguments(batch, tokens, Sizes(r=r), sequences=batch if state else None)
+            y = forward.scan(inp, gate, given, None, limits=H100).y
+            if recorded:
+                backward.backward(inp, gate, given, None, y, backward.LastState(), limits=H100)
+        ahead.cores = lambda: 2
+        return sorted(asked)
+
     found = {case: told(**settings) for case, settings in CASES.items()}
+    found["later lengths, many cores"] = [later(**each) for each in (*CASES.values(), dict(b=1, t=1, recorded=False))]
     failing.set()
     return found | {"a kernel that does not compile": told(1, 100)}
 

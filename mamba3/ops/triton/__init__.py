@@ -30,6 +30,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRAINS: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
 
+_new: dict[torch.device, bool] = {}  # asked for many times a layer; PyTorch takes 9 us to say what it knows
+
+
+def _new_enough(device: torch.device) -> bool:
+    """Whether an NVIDIA device has the matrix instructions that the kernels are made of."""
+    if device not in _new or torch.compiler.is_compiling():
+        new = torch.cuda.get_device_capability(device) >= (8, 0)
+        if device.index is None or torch.compiler.is_compiling():  # the current device may change
+            return new
+        _new[device] = new
+    return _new[device]
+
+
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run on `device` with inputs of `dtype`; None where they can."""
     if not INSTALLED:
@@ -40,6 +53,6 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if device.type != "cuda":
         return f"the kernels need a CUDA or ROCm device, not {device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip is None and not _new_enough(device):
         return "the kernels need compute capability 8.0, for bfloat16 matrix instructions"
     return None

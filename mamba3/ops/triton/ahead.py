@@ -44,6 +44,22 @@ def without_data(v: Tensor | None) -> Tensor | None:
     return None if v is None else torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta")
 
 
+def lengthened(inp: Inputs, gate: Gate, state: State | None, tokens: int) -> tuple[Inputs, Gate, State | None]:
+    """The call of one sequence of so many tokens that would be made in the place of a call without data."""
+
+    def longer(v: Tensor | None) -> Tensor | None:
+        if v is None:
+            return None
+        token = v.stride(1)
+        return torch.empty_strided(
+            (1, tokens, *v.shape[2:]), (tokens * token, token, *v.stride()[2:]), dtype=v.dtype, device="meta"
+        )
+
+    of_tokens = {name: longer(getattr(inp, name)) for name in ("x", "dt", "A", "lam", "theta", "B", "C", "tick")}
+    state = None if state is None else State(*(v[:1] for v in state[:4]))
+    return inp._replace(**of_tokens), gate._replace(z=longer(gate.z)), state
+
+
 def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

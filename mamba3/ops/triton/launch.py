@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,15 @@ def device_limits(device: torch.device) -> Device:
     """Limits of a CUDA or ROCm device; of an imaginary one for the interpreter on a CPU."""
     if device.type != "cuda":
         return Device(multiprocessors=4, shared_bytes=99 * 1024, capability=(0, 0))
-    properties = torch.cuda.get_device_properties(device)
+    return _limits(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _limits(index: int) -> Device:
+    """Asked for at every launch: PyTorch takes 9 us to say what it knows."""
+    properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+    capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(index)
     return Device(properties.multi_processor_count, shared, capability, properties.total_memory)
 
 

@@ -5,18 +5,21 @@ What is kept between the two is the inputs. An out norm is applied around the no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from mamba3.ops.gate import apply_gate
-from mamba3.ops.triton import backward, forward
-from mamba3.ops.triton.ahead import compile_side_by_side, first_of_its_kind
+from mamba3.ops.triton import ahead, backward, forward
+from mamba3.ops.triton.ahead import compile_side_by_side, first_of_its_kind, lengthened
 from mamba3.ops.triton.launch import device_limits
 from mamba3.ops.types import Gate, Inputs, ScanOutput, State, without_autocast
 
 TENSORS = 19  # of scan_op's arguments, those before the options
+LONG = 2**15  # tokens of a sequence that is cut into segments, and that the copy engine suits
+MANY_CORES = 8  # on fewer, what other lengths need is compiled when they come
 
 
 def _unpacked(
@@ -31,19 +34,32 @@ def _unpacked(
 def compile_ahead(
     inp: Inputs, gate: Gate, state: State | None, cu_seqlens: list[int] | None, *, wide: bool, recorded: bool
 ) -> None:
-    """Compile what a call launches, side by side: forward and, where a gradient is `recorded`, backward, of y alone."""
+    """Compile what a call launches, side by side: forward and, where a gradient is `recorded`, backward, of y alone.
+
+    Where there are cores for it, also what calls of other lengths launch: a sequence that is cut into segments, and one that
+    ends with a chunk, whose tiles the copy engine may load.
+    """
     limits = device_limits(inp.x.device)
 
-    def onward(inp: Inputs, gate: Gate, state: State | None) -> None:
+    def onward(inp: Inputs, gate: Gate, state: State | None, cu_seqlens: list[int] | None = cu_seqlens) -> None:
         forward.scan(inp, gate, state, cu_seqlens, limits=limits, wide=wide)
 
-    def back(inp: Inputs, gate: Gate, state: State | None) -> None:
+    def back(inp: Inputs, gate: Gate, state: State | None, cu_seqlens: list[int] | None = cu_seqlens) -> None:
         (b, t, h, p), dtype = inp.x.shape, torch.float32 if wide else inp.x.dtype
         dy = inp.x.new_empty((b, t, h, p) if gate.z is not None else (b, t, inp.rank, h, p), dtype=dtype)
         backward.backward(inp, gate, state, cu_seqlens, dy, backward.LastState(), limits=limits)
 
     # The longest compilation, of gradient_rows, is to begin early.
-    compile_side_by_side(inp, gate, state, *([back] if recorded else []), onward)
+    passes = [back] if recorded else []
+    others = [
+        functools.partial(_at_length, run, t)
+        for run, t in ((onward, LONG), (onward, LONG + 1), *((p, LONG) for p in passes))
+    ]
+    compile_side_by_side(inp, gate, state, *passes, onward, *(others if ahead.cores() >= MANY_CORES else ()))
+
+
+def _at_length(run: Callable[..., None], tokens: int, inp: Inputs, gate: Gate, state: State | None) -> None:
+    run(*lengthened(inp, gate, state, tokens), None)
 
 
 def _scan(
