@@ -31,6 +31,7 @@ def test_what_is_compiled_ahead_is_what_is_launched_and_errors_are_raised_there(
         assert each["alone"] == each["ahead"] and len(each["ahead"]) >= 5, case
         assert not each["launched"] and not each["again"], case
         assert each["together"], case
+        assert each["launchers"] == [len(each["ahead"])] * 2, case
 
 
 def test_the_first_call_of_a_kind_compiles_ahead_and_no_other(monkeypatch):
@@ -120,7 +121,7 @@ def report() -> dict:
     triton.compiler.compile = compile
     from mamba3.ops.triton import ahead, backward, forward, library
     from tests.ops import launches
-    from tests.ops.launches import H100, Launched, Sizes, arguments
+    from tests.ops.launches import H100, Launched, Sizes, arguments, launchers
 
     launches.imagine(recorded=False)
     ahead.cores = lambda: 2
@@ -152,7 +153,10 @@ def report() -> dict:
         together.clear()
         alone = call()
         forget()
-        found = {"alone": alone, "ahead": compile_ahead(), "launched": call(), "again": compile_ahead()}
+        launchers.clear()
+        found = {"alone": alone, "ahead": compile_ahead()}
+        made = len(launchers), len(set(map(id, launchers)))
+        found |= {"launched": call(), "again": compile_ahead(), "launchers": made}
         return found | {"together": together.is_set()}
 
     def later(b: int, t: int, r: int = 1, state: bool = False, recorded: bool = True) -> list[str]:

@@ -12,6 +12,7 @@ compiles and goes through nothing; a kernel that does not compile says so where 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 try:  # Triton 3.5 and later
     from triton.runtime._async_compile import AsyncCompileMode, active_mode
@@ -88,10 +90,22 @@ def compile_side_by_side(inp: Inputs, gate: Gate, state: State | None, *passes: 
         gate = Gate(*map(without_data, gate[:3]), gate.norm, without_data(gate.norm_weight))
         state = None if state is None else State(*map(without_data, state[:4]))
         # A kernel that fails is left to its launch, which compiles it again and raises what there is to raise.
-        with ThreadPoolExecutor(min(MOST_THREADS, cores())) as pool, AsyncCompileMode(pool, ignore_errors=True):
-            before = _compiling_alone.set(True)
-            try:
-                for each in passes:
-                    each(inp, gate, state)
-            finally:
-                _compiling_alone.reset(before)
+        with ThreadPoolExecutor(min(MOST_THREADS, cores())) as pool:
+            with AsyncCompileMode(pool, ignore_errors=True) as mode:
+                before = _compiling_alone.set(True)
+                try:
+                    for each in passes:
+                        each(inp, gate, state)
+                finally:
+                    _compiling_alone.reset(before)
+                coming = list(mode.future_kernels.values())
+            list(pool.map(build_launcher, [each.kernel for each in coming if each.kernel is not None]))
+
+
+def build_launcher(kernel) -> None:
+    """Let the C compiler make what launches a compiled kernel, which its first launch else waits for (half a second each);
+    it is found again on disk. One that cannot be made says so at the launch."""
+    launcher = getattr(driver.active, "launcher_cls", None)
+    if launcher is not None:
+        with contextlib.suppress(Exception):
+            launcher(kernel.src, kernel.metadata)
