@@ -78,18 +78,19 @@ def finishing(settings: Settings, steps: int | None = None) -> dict[str, Plan]:
         members = tuple(Member(kind, rate, seed) for kind in kinds for rate in rates for seed in range(seeds))
         own = replace(settings, stages=stages, steps=steps or each)
         own = replace(own, weight_decay=0.0) if task == "parity" else own
+        whole = seeds > 1  # so that the best rate has all of its seeds
         more = {k: min(v, own.steps) if k == "least" else v for k, v in more.items()}
         kept = keep + keep[-1:] * (len(stages) - len(keep))
         groups = (1,) + (2,) * (len(stages) - 1)
         kept = kept[: len(stages)]
-        found[f"{task}.{name}"] = Plan(task, 64, members, own, kept, groups, headdim=headdim, **more)  # pyright: ignore
+        found[f"{task}.{name}"] = Plan(task, 64, members, own, kept, groups, headdim=headdim, whole_rates=whole, **more)  # pyright: ignore
 
     grown = {"stages": LENGTHS if len(settings.stages) > 2 else settings.stages, "enough": ENOUGH, "least": LEAST}
     hard = TASKS[1:]
-    add("mamba3.learned", hard[1], ("mamba3",), (middle, high), (6, 4, 3), 3, each=9_000, **grown)
-    add("mamba3.learned", hard[0], ("mamba3",), (middle, high), (6, 4, 3), 3, each=8_000, **grown)
+    add("mamba3.learned", hard[1], ("mamba3",), (middle, high), (6, 6, 3), 3, each=9_000, **grown)
+    add("mamba3.learned", hard[0], ("mamba3",), (middle, high), (6, 6, 3), 3, each=8_000, **grown)
     for name, kind in (("allturn.seeds", "mamba3-allturn"), ("seeds", "mamba3")):
-        add(name, "parity", (kind,), (middle, high, higher), (9, 6, 6, 6), 3, headdim=64)
+        add(name, "parity", (kind,), (middle, high, higher), (9, 6, 3, 3), 3, headdim=64)
     for task in ("parity", *hard):
         add("gdn.short", task, ("gdn",), (middle, higher), (2, 1), headdim=64)
     for task in hard:

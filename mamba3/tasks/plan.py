@@ -51,6 +51,7 @@ class Plan:
     enough: float = 0.0  # loss at which a stage ends early; 0: every stage takes settings.steps steps
     least: int = 0  # steps that each later stage keeps, however long the ones before it take
     headdim: int = 64  # channels of a head
+    whole_rates: bool = False  # the seeds of a rate stay or go together, by the median of their losses
 
     def stage_end(self, stage: int) -> int:
         """The step before which a stage ends at the latest. All stages together always take settings.total steps."""

@@ -10,6 +10,7 @@ The sequences are those of `mamba3.tasks.plan`; what is judged at the end is fre
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import threading
 import time
@@ -197,7 +198,14 @@ class Sweep:
         steps = self.training.losses[self.begins[stage - 1] : taken]
         recent = torch.stack([w.mean(0) for w in steps.split(WINDOW)]).nan_to_num(torch.inf).amin(0).tolist()
         alive = self.training.alive.tolist()
-        order = sorted(range(len(self.rows)), key=lambda i: (not alive[i], recent[i] if alive[i] else 0.0))
+        ranks = [(recent[i] if alive[i] else torch.inf,) for i in range(len(self.rows))]
+        if self.plan.whole_rates:
+            of = [(members[row].kind, members[row].rate) for row in self.rows]
+            middle = {
+                key: statistics.median(r[0] for r, k in zip(ranks, of, strict=True) if k == key) for key in set(of)
+            }
+            ranks = [(middle[key], key[1], *own) for key, own in zip(of, ranks, strict=True)]
+        order = sorted(range(len(self.rows)), key=lambda i: ranks[i])
         count: dict[str, int] = {}
         kept = []
         for i in order:
