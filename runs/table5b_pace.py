@@ -37,7 +37,7 @@ def members(count: int) -> list[Member]:
 
 def built(count: int, headdim: int, device: torch.device, small: bool, **how: bool) -> Folded:
     task = make_task(TASK)
-    sizes = {"d_model": 16, "d_state": 8} if small else {"d_model": 64}
+    sizes = {"d_model": 16, "d_state": 8, "layers": 1} if small else {"d_model": 64}
     config = model_config(TASK, task.vocab_size, "mamba3", headdim=headdim, **sizes)
     return Folded([config] * count, list(range(count)), kernels=device.type == "cuda", **how)
 

@@ -99,9 +99,15 @@ class Sweep:
         own = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.device.type == "cuda" else nullcontext()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # what __init__ made lies on another stream
-        with own, ThreadPoolExecutor(1) as ahead:
-            self._resume()
-            return self._curriculum(ahead, should_stop)
+        ahead = ThreadPoolExecutor(1)
+        try:
+            with own:
+                self._resume()
+                return self._curriculum(ahead, should_stop)
+        finally:
+            ahead.shutdown(
+                wait=False, cancel_futures=True
+            )  # who is stopped does not wait for the next stage's sequences
 
     def _curriculum(self, ahead: Executor, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
         """`run` from the stage in which the training is; the sequences of the next stage are made during each."""
