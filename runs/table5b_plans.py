@@ -91,10 +91,10 @@ def finishing(settings: Settings, steps: int | None = None) -> dict[str, Plan]:
     add("mamba3.learned", hard[0], ("mamba3",), (middle, high), (6, 6, 3), 3, each=8_000, **grown)
     for name, kind in (("allturn.seeds", "mamba3-allturn"), ("seeds", "mamba3")):
         add(name, "parity", (kind,), (middle, high, higher), (9, 6, 3, 3), 3, headdim=64)
-    for task in ("parity", *hard):
-        add("gdn.short", task, ("gdn",), (middle, higher), (2, 1), headdim=64)
     for task in hard:
         add("without.short", task, ROTATION[1:], (middle, high), (2, 1))
+    for task in ("parity", *hard):
+        add("gdn.short", task, ("gdn",), (middle, higher), (2, 1), headdim=64)
     for task in hard:
         add("ablations.short", task, ("mamba3", *ABLATIONS), (middle,), (1,))
     for task in hard:

@@ -125,11 +125,8 @@ class Captured:
     def _warm_up(self) -> None:
         self._gradient()
         if self.kernels:  # compiled, not taken
-            rows, ones, count = (
-                torch.zeros(4, 1, 1, device=self.device),
-                torch.ones(1, 2, device=self.device),
-                self.count * 0,
-            )
+            rows = (torch.zeros(1, 1, device=self.device) for _ in range(4))
+            ones, count = torch.ones(1, 2, device=self.device), self.count * 0
             self._adam(*rows, ones[:, :1], ones[0, :1], ones[0, :1], ones[0, :1] > 0, ones[:, :1], ones, count)
 
     def _adam(self, *tensors: Tensor) -> None:

@@ -40,6 +40,7 @@ WINDOW = 500  # steps: models are dropped by the least mean loss of any such win
 # Sweeps of several threads replay their graphs side by side; all else, of which the precision of matrix products is the
 # process's, is one thread's at a time.
 ONE_AT_A_TIME = threading.RLock()
+SELDOM = 4  # looks between two validations before the last two stages
 VALIDATE_EVERY, VALIDATED = 500, 1024  # steps; sequences of the first range of lengths, none of them evaluated later
 
 
@@ -161,7 +162,8 @@ class Sweep:
             late = should_stop()
             if taken % looks == 0 and self._learned(stage, taken):
                 end = taken
-            if taken % looks == 0 or taken == end:
+            late_stage = stage + 2 >= len(self.plan.settings.stages)
+            if taken % (looks if late_stage else SELDOM * looks) == 0 or taken == end:
                 self._validate(forward, taken)
             self.seconds = before + time.perf_counter() - began
             if late or taken % 1000 == 0 or taken == end:
