@@ -12,15 +12,18 @@ docs/results/state-tracking.md.
 import argparse
 import json
 import multiprocessing
+import os
 import signal
 import statistics
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -36,7 +39,7 @@ from mamba3.tasks.models import LAYERS, OTHER_LAYERS, model_config
 from mamba3.tasks.peers import PEERS, peer, why_not
 from mamba3.tasks.plan import Member, Plan
 from mamba3.tasks.settings import PAPER_RATES, Settings
-from mamba3.tasks.sweep import Sweep
+from mamba3.tasks.sweep import ONE_AT_A_TIME, Sweep
 
 # Scaled accuracy in % at 256 tokens, as printed in arXiv 2603.15569, Table 5b.
 PAPER = {
@@ -46,6 +49,8 @@ PAPER = {
 FULL = Settings()
 QUICK = Settings(stages=(5, 9), steps=3, batch=8, ranges=((12, 12), (5, 12), (24, 24)), sequences=32, long_sequences=32)
 FAILED = "failed.txt"
+STAGGER = 5.0  # seconds
+AGAIN, AT_MOST_AGAIN = "TABLE5B_AGAIN", 3  # how often a process has been started anew, after a fault of a kernel
 QUICK_SIZES = {"d_state": 8, "headdim": 16, "layers": 1}
 
 
@@ -61,7 +66,7 @@ def seed_plans(wanted: dict[str, Plan], out: Path, seeds: int) -> Iterator[tuple
         yield f"{name}.seeds", replace(plan, members=members, keep=keep, data_seed=1)
 
 
-def entrants(plan: Plan, quick: bool, device: torch.device, *, plain: bool = False):
+def entrants(plan: Plan, quick: bool, device: torch.device, *, plain: bool = False, padded: bool = False):
     """The models of a plan."""
     from mamba3.tasks.entrants import Apart, Folded, Mapped
 
@@ -71,11 +76,12 @@ def entrants(plan: Plan, quick: bool, device: torch.device, *, plain: bool = Fal
         layers = sizes.get("layers") or LAYERS.get(plan.task, OTHER_LAYERS)
         sizes = {k: v for k, v in sizes.items() if k != "layers"}
         return Apart(lambda: peer(kinds[0], task.vocab_size, plan.d_model, layers, device=device, **sizes), seeds)
+    sizes = {"headdim": plan.headdim} | sizes
     configs = [model_config(plan.task, task.vocab_size, kind, d_model=plan.d_model, **sizes) for kind in kinds]
     return (
         Mapped(configs[0], seeds)
         if kinds[0] == "transformer"
-        else Folded(configs, seeds, kernels=device.type == "cuda" and not plain)
+        else Folded(configs, seeds, kernels=device.type == "cuda" and not plain, packed=not padded)
     )
 
 
@@ -92,38 +98,78 @@ def work(options: argparse.Namespace, wanted: dict[str, Plan]) -> None:
 
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(options.readers, mp_context=context) if options.readers else None
-    for name, plan in chain(wanted.items(), seed_plans(wanted, options.out, options.seeds)):
-        if late():
-            break
-        with claim(options.out / "claims" / name) as mine:
-            if mine and not (options.out / name / FAILED).is_file() and not finished(plan, options.out / name):
-                attempt(name, plan, options, device, pool, late)
+    broken = threading.Event()
+
+    def take(first: float) -> None:
+        broken.wait(first)
+        for name, plan in chain(wanted.items(), seed_plans(wanted, options.out, options.seeds)):
+            if late() or broken.is_set():
+                break
+            with claim(options.out / "claims" / name) as mine:
+                if mine and not (options.out / name / FAILED).is_file() and not finished(plan, options.out / name):
+                    attempt(name, plan, options, device, pool, lambda: late() or broken.is_set(), broken)
+
+    # A process's second plan comes after every process's first: the most wanted ones do not share a GPU.
+    later = STAGGER if device.type == "cuda" else 0.0
+    beside = [threading.Thread(target=take, args=(later * i,)) for i in range(1, options.side_by_side)]
+    for thread in beside:
+        thread.start()
+    take(0.0)
+    for thread in beside:
+        thread.join()
     if pool is not None:
         pool.shutdown(wait=False, cancel_futures=True)
+    if broken.is_set() and not late() and (again := int(os.environ.get(AGAIN, "0"))) < AT_MOST_AGAIN:
+        # A fault of a kernel ends all that a process can do on its GPU: a new one goes on from the checkpoints.
+        os.environ[AGAIN] = str(again + 1)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def attempt(
     name: str, plan: Plan, options: argparse.Namespace, device: torch.device, pool: ProcessPoolExecutor | None,
-    late: Callable[[], bool],
+    late: Callable[[], bool], broken: threading.Event,
 ) -> None:  # fmt: skip
-    """Train one plan, or as much of it as the time allows; why it failed is written into its folder."""
+    """Train one plan, or as much of it as the time allows; why it failed is written into its folder. broken is set where the
+    GPU answers nothing any more; what fails in other threads after that is not their plans' fault."""
 
     def say(text: str) -> None:
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}")
         sys.stderr.flush()
 
     try:
-        with peers.sound_kernels(device) if plan.members[0].kind == "gdn" else nullcontext():
-            Sweep(
-                plan, entrants(plan, options.quick, device, plain=options.plain), options.out / name, device,
-                pool=pool, save_every=options.save_every, say=say,
-            ).run(late)  # fmt: skip
+        with ONE_AT_A_TIME:
+            if plan.members[0].kind == "gdn":
+                sound(device)
+            built = entrants(plan, options.quick, device, plain=options.plain, padded=options.padded)
+            sweep = Sweep(plan, built, options.out / name, device, pool=pool, save_every=options.save_every, say=say)
+        sweep.run(late)
     except Exception as error:  # noqa: BLE001 (the others go on, and the table names it)
         say(f"{name} failed: {type(error).__name__}: {error}\n{traceback.format_exc()}\n")
+        if broken.is_set():
+            return
+        if not answers(device):
+            broken.set()
         (options.out / name).mkdir(parents=True, exist_ok=True)
         replace_file(options.out / name / FAILED, f"{type(error).__name__}: {error}".encode())
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type == "cuda" and not broken.is_set():
+        with ONE_AT_A_TIME:
+            torch.cuda.empty_cache()
+
+
+@lru_cache
+def sound(device: torch.device) -> ExitStack:
+    """From now on gated DeltaNet's kernels are compiled as they must be; to the process's end, for threads share how."""
+    stack = ExitStack()
+    stack.enter_context(peers.sound_kernels(device))
+    return stack  # which ends where it is forgotten: kept by the cache
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still does what it is told."""
+    try:
+        return int(torch.ones(1, device=device).sum()) == 1
+    except RuntimeError:
+        return False
 
 
 def finished(plan: Plan, folder: Path) -> bool:
@@ -218,6 +264,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop by itself after so many")
     parser.add_argument("--gpus", type=int, help="GPUs to take (default: all that there are)")
     parser.add_argument("--each", type=int, default=1, help="working processes a GPU")
+    parser.add_argument("--side-by-side", type=int, default=1, help="plans that a working process trains at once")
+    parser.add_argument(
+        "--padded", action="store_true", help="sequences padded to one length, by the kernels for any length"
+    )
     parser.add_argument("--readers", type=int, default=0, help="processes that make the sequences of each worker")
     parser.add_argument("--plain", action="store_true", help="PyTorch where kernels would do the mixing on a GPU")
     parser.add_argument("--save-every", type=float, default=60.0, help="seconds between checkpoints")

@@ -15,7 +15,11 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     import mamba3.ops.triton.few_rows
     import mamba3.ops.triton.library
     import mamba3.tasks.coefficient_kernels
-    import mamba3.tasks.mixing_kernels  # noqa: F401
+    import mamba3.tasks.mixing_kernels
+    import mamba3.tasks.read_kernels
+    import mamba3.tasks.row_kernels
+    import mamba3.tasks.turn_kernels
+    import mamba3.tasks.weigh_kernels  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 

@@ -19,21 +19,26 @@ from mamba3.nn.cuda_graph import record
 from mamba3.tasks.settings import Settings
 from mamba3.tasks.stack import BC_BIASES, NEVER_DECAYED
 
-# (weights [m, P] as `Layout` joins them; tokens [b, t]; positions [b] or [b, q]) to logits [m, b, v] or [m, b, q, v]
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (weights [m, P] as `Layout` joins them; tokens [b, t]; positions [b] or [b, q]) to logits [m, b, v] or [m, b, q, v]; of a
+# group with `longest` also that, for (tokens [s]; positions [c]) to logits [m, c, v]
+Forward = Callable[..., Tensor]
 
 
 class Group(NamedTuple):
     """Sequences of similar length of every step of a stage: tokens [steps, b, t] of small integers, positions and answers
-    [steps, b], or [steps, b, q] of several questions."""
+    [steps, b], or [steps, b, q] of several questions.
+
+    longest > 0: sequences one behind another, tokens [steps, s], and positions [steps, c] of each one's last token, c >= b.
+    """
 
     tokens: Tensor
     positions: Tensor
     answers: Tensor
+    longest: int = 0
 
     def to(self, device: torch.device | str) -> Group:
         """The same on another device."""
-        return Group(*(v.to(device) for v in self))
+        return Group(self.tokens.to(device), self.positions.to(device), self.answers.to(device), self.longest)
 
 
 class Layout:
@@ -79,8 +84,11 @@ class Captured:
         peaks: list[float],
         settings: Settings,
         device: torch.device,
+        *,
+        kernels: bool = False,
     ):
         self.layout, self.settings, self.device, self.peaks = layout, settings, device, list(peaks)
+        self.kernels = kernels  # the optimiser by `row_kernels`
         self.weights, self.exist = weights.to(device).clone(), exist.to(device)
         self.first, self.second = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.alive = torch.ones(len(peaks), dtype=torch.bool, device=device)
@@ -105,12 +113,27 @@ class Captured:
         if self._rates is None:
             rates = [[self.settings.rate(step, peak) for peak in self.peaks] for step in range(self.settings.total)]
             self._rates = torch.tensor(rates, dtype=self.weights.dtype, device=self.device)
+            whole = [[1 - beta ** (step + 1) for beta in self.settings.betas] for step in range(self.settings.total)]
+            self._whole = torch.tensor(whole, dtype=self.weights.dtype, device=self.device)
         self._groups = [group.to(self.device) for group in groups]
         self._forward = forward
         if self.device.type != "cuda":
             self._replay = self._step
             return
-        self._replay = record(self._step, self._gradient, self.device)
+        self._replay = record(self._step, self._warm_up, self.device, beside_others=True)
+
+    def _warm_up(self) -> None:
+        self._gradient()
+        if self.kernels:  # compiled, not taken
+            rows = (torch.zeros(1, 1, device=self.device) for _ in range(4))
+            ones, count = torch.ones(1, 2, device=self.device), self.count * 0
+            self._adam(*rows, ones[:, :1], ones[0, :1], ones[0, :1], ones[0, :1] > 0, ones[:, :1], ones, count)
+
+    def _adam(self, *tensors: Tensor) -> None:
+        from mamba3.tasks.row_kernels import adam_step
+
+        settings = self.settings
+        adam_step(*tensors, betas=settings.betas, eps=settings.eps, decay=settings.weight_decay)
 
     def advance(self, steps: int) -> None:
         """Take so many steps of the stage."""
@@ -140,8 +163,10 @@ class Captured:
         weights = self.weights.detach().requires_grad_()
         total, gradient = None, None
         for group in self._groups:
-            tokens, positions, answers = (v.index_select(0, at).squeeze(0).long() for v in group)
-            losses = answer_losses(self._forward(weights, tokens, positions), answers) / self.settings.batch
+            tokens, positions, answers = (v.index_select(0, at).squeeze(0).long() for v in group[:3])
+            packed = (group.longest,) if group.longest else ()
+            logits = self._forward(weights, tokens, positions, *packed)[:, : len(answers)]
+            losses = answer_losses(logits, answers) / self.settings.batch
             (part,) = torch.autograd.grad(losses.sum(), weights)
             total = losses.detach() if total is None else total + losses.detach()
             gradient = part if gradient is None else gradient + part
@@ -156,6 +181,13 @@ class Captured:
             norms = gradient.square().sum(1).sqrt()
             self.alive &= losses.isfinite() & norms.isfinite()
             scale = (settings.clip / (norms + 1e-6)).clamp(max=1) if settings.clip else torch.ones_like(norms)
+            if self.kernels:
+                self._adam(
+                    self.weights, self.first, self.second, gradient, self.exist, self._decayed, scale, self.alive, self._rates,
+                    self._whole, self.count,
+                )  # fmt: skip
+                self._after(losses)
+                return
             alive, taken = self.alive.unsqueeze(1), (self.count + 1).double()
             gradient = (gradient * scale.unsqueeze(1)).masked_fill(~alive, 0) * self.exist
             self.first.lerp_(gradient, 1 - slow)
@@ -166,8 +198,11 @@ class Captured:
             change = change + settings.weight_decay * self._decayed * self.weights
             rates = self._rates.index_select(0, self.count).T
             self.weights.sub_((change * rates).masked_fill(~alive, 0))
-            self.losses.index_copy_(0, self.count, losses.to(self.losses.dtype).unsqueeze(0))
-            self.count += 1
+            self._after(losses)
+
+    def _after(self, losses: Tensor) -> None:
+        self.losses.index_copy_(0, self.count, losses.to(self.losses.dtype).unsqueeze(0))
+        self.count += 1
 
 
 def answer_losses(logits: Tensor, answers: Tensor) -> Tensor:

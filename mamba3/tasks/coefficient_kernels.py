@@ -19,7 +19,7 @@ from mamba3.ops.triton.assembler import sound_assembler
 from mamba3.ops.triton.decode_token import PI, sigmoid, softplus, tanh
 
 ROWS = 64  # of a program
-UNSPECIALIZED = ("T", "rows")
+UNSPECIALIZED = ("rows",)
 
 
 @triton.jit
@@ -38,17 +38,18 @@ def _of_row(p_raw, dt_bias, fixed, lam, heavy, i_m, o_h, mask, FLOOR: tl.constex
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def coefficients_kernel(
-    raw, dt_bias, turns, fixed, lam, heavy, log_alpha, w, gamma, tick, theta, T, rows, FLOOR: tl.constexpr,
+    raw, dt_bias, turns, fixed, lam, heavy, log_alpha, w, gamma, tick, theta, firsts, rows, FLOOR: tl.constexpr,
     H: tl.constexpr, HP: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """raw [m, rows, 3 h + a] to [m, rows, h] and theta [m, rows, a]; row % T is the token."""
+    """raw [m, rows, 3 h + a] to [m, rows, h] and theta [m, rows, a]; firsts [rows]: 1 where a sequence begins."""
     i_m, o_h, o_a = tl.program_id(1), tl.arange(0, HP), tl.arange(0, AP)
     row = tl.program_id(0) * L + tl.arange(0, L)
     m_row, at = row < rows, i_m.to(tl.int64) * rows + row
     WIDTH: tl.constexpr = 3 * H + A
     mask, p_h = m_row[:, None] & (o_h < H)[None, :], at[:, None] * H + o_h[None, :]
     _, dt, _, _, rate, b_lam = _of_row(raw + at * WIDTH, dt_bias, fixed, lam, heavy, i_m, o_h, mask, FLOOR, H)
-    follows = mask & ((row % T + 1 < T) & (row + 1 < rows))[:, None]
+    follows = tl.load(firsts + row + 1, mask=row + 1 < rows, other=1) == 0
+    follows = mask & follows[:, None]
     _, dt_next, _, _, _, lam_next = _of_row(
         raw + (at + 1) * WIDTH, dt_bias, fixed, lam, heavy, i_m, o_h, follows, FLOOR, H
     )
@@ -63,7 +64,7 @@ def coefficients_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def coefficients_back_kernel(
-    raw, dt_bias, turns, fixed, lam, heavy, dlog_alpha, dw, dgamma, dtick, dtheta, draw, parts, T, rows,
+    raw, dt_bias, turns, fixed, lam, heavy, dlog_alpha, dw, dgamma, dtick, dtheta, draw, parts, firsts, rows,
     FLOOR: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """draw [m, rows, 3 h + a]; parts [m, programs, h] of the gradient of dt_bias."""
@@ -78,7 +79,8 @@ def coefficients_back_kernel(
     )
     d_log = tl.load(dlog_alpha + p_h, mask=mask, other=0.0)
     d_gamma = tl.load(dgamma + p_h, mask=mask, other=0.0) + tl.load(dw + p_h, mask=mask, other=0.0)
-    d_halo = tl.load(dw + p_h - H, mask=mask & (row % T > 0)[:, None], other=0.0)
+    later = tl.load(firsts + row, mask=m_row, other=1) == 0
+    d_halo = tl.load(dw + p_h - H, mask=mask & later[:, None], other=0.0)
     d_dt = -rate * d_log + b_lam * d_gamma + (1.0 - b_lam) * d_halo
     d_dt += tl.load(turns + i_m) * tl.load(dtick + p_h, mask=mask, other=0.0)
     d_dt = tl.where(mask, d_dt * sigmoid(raw_dt), 0.0)
@@ -97,20 +99,27 @@ def coefficients_back_kernel(
     tl.store(draw + at[:, None] * WIDTH + 3 * H + o_a[None, :], d_theta, mask=m_a)
 
 
+def firsts_of(raw: Tensor) -> Tensor:
+    """Which of the rows [m, b, t, ...] begin a sequence, bytes [b, t]."""
+    firsts = torch.zeros(raw.shape[1:3], dtype=torch.uint8, device=raw.device)
+    firsts[:, 0] = 1
+    return firsts
+
+
 class Coefficients(Function):
-    """log_alpha, w, gamma, tick [m, b, t, h], theta [m, b, t, a] of raw [m, b, t, 3 h + a], dt_bias [m, h] and the switches
-    turns, fixed, lam, heavy [m]; floor: the least -A."""
+    """log_alpha, w, gamma, tick [m, ..., h], theta [m, ..., a] of raw [m, ..., 3 h + a], dt_bias [m, h] and the switches turns,
+    fixed, lam, heavy [m]; floor: the least -A; firsts [...] of bytes: 1 where a sequence begins."""
 
     @staticmethod
     def forward(
-        ctx, raw: Tensor, dt_bias: Tensor, turns: Tensor, fixed: Tensor, lam: Tensor, heavy: Tensor, floor: float
-    ):
+        ctx, raw: Tensor, dt_bias: Tensor, turns: Tensor, fixed: Tensor, lam: Tensor, heavy: Tensor, floor: float,
+        firsts: Tensor,
+    ):  # fmt: skip
         raw, dt_bias = raw.contiguous(), dt_bias.contiguous()
-        (m, b, t, width), h = raw.shape, dt_bias.shape[1]
-        a, rows = width - 3 * h, b * t
-        out = [raw.new_empty(m, b, t, h) for _ in range(4)]
-        theta = raw.new_empty(m, b, t, a)
-        ctx.sizes = (t, rows)
+        (m, *places, width), h, rows = raw.shape, dt_bias.shape[1], firsts.numel()
+        a = width - 3 * h
+        out = [raw.new_empty(m, *places, h) for _ in range(4)]
+        theta, ctx.sizes = raw.new_empty(m, *places, a), (firsts, rows)
         ctx.constants = dict(
             FLOOR=floor, H=h, HP=triton.next_power_of_2(h), A=a, AP=triton.next_power_of_2(max(1, a)), L=ROWS,
             num_warps=4,
@@ -130,4 +139,4 @@ class Coefficients(Function):
             coefficients_back_kernel[(programs, raw.shape[0])](
                 raw, dt_bias, *switches, *(g.contiguous() for g in grads), draw, parts, *ctx.sizes, **ctx.constants
             )
-        return draw, parts.sum(1), None, None, None, None, None
+        return draw, parts.sum(1), None, None, None, None, None, None

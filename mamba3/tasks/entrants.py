@@ -28,6 +28,7 @@ class Entrants(Protocol):
     layout: Layout
     weights: Tensor
     exist: Tensor
+    packed: bool  # whether it takes sequences one behind another
 
     def forward(self, rows: list[int], device: torch.device) -> Forward:
         """The joint forward pass of these models."""
@@ -45,10 +46,13 @@ def _seeded(build, seed: int):
 
 
 class Folded:
-    """Mamba-3 models that differ in switches alone. kernels: mix by `mamba3.tasks.mixing_kernels`, where there is one rank."""
+    """Mamba-3 models that differ in switches alone. kernels: where there is one rank, mix by `mamba3.tasks.mixing_kernels` and,
+    if packed, train by `mamba3.tasks.packed`."""
 
-    def __init__(self, configs: list[Mamba3Config], seeds: list[int], *, kernels: bool = False):
-        self.configs, self.sizes, self.kernels = configs, widened.Sizes.of(configs[0]), kernels
+    def __init__(self, configs: list[Mamba3Config], seeds: list[int], *, kernels: bool = False, packed: bool = True):
+        self.configs, self.sizes = configs, widened.Sizes.of(configs[0])
+        self.kernels = kernels and self.sizes.r == 1
+        self.packed = packed and self.kernels
         widened.switches(configs, "cpu", torch.float32)  # refuses what cannot share a stack
         wide = []
         for config, seed in zip(configs, seeds, strict=True):
@@ -63,10 +67,14 @@ class Folded:
         sizes, layout = self.sizes, self.layout
 
         mixers = folded.Mixers(mixing.mix, mixing.mix_at)
-        if self.kernels and sizes.r == 1:
+        if self.kernels:
             mixers = folded.Mixers(mixing.mix_by_kernels, None)
 
-        def logits(weights: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        def logits(weights: Tensor, tokens: Tensor, positions: Tensor, longest: int = 0) -> Tensor:
+            if longest:
+                from mamba3.tasks.packed import answer_logits
+
+                return answer_logits(sizes, which, layout.split(weights), tokens, positions, longest)
             tokens, chunks = folded.in_chunks(tokens, sizes.r)
             return folded.answer_logits(sizes, which, layout.split(weights), tokens, positions, chunks, mixers)
 
@@ -79,6 +87,8 @@ class Folded:
 
 class Mapped:
     """Any Mamba3LM of one configuration."""
+
+    packed = False
 
     def __init__(self, config: Mamba3Config, seeds: list[int]):
         models = [_seeded(lambda: Mamba3LM(config), seed) for seed in seeds]
@@ -113,6 +123,8 @@ class Mapped:
 
 class Apart:
     """Modules of another library: (tokens [b, t], positions [b]) to logits [b, v], built anew for each seed."""
+
+    packed = False
 
     def __init__(self, build, seeds: list[int]):
         models: list[nn.Module] = [_seeded(build, seed) for seed in seeds]

@@ -52,7 +52,7 @@ class FusedMamba3(Mamba3):
         """As Mamba3's, for whole sequences. kernels: None takes them on a GPU."""
         if not (u.is_cuda if kernels is None else kernels):
             return super().forward(u, cu_seqlens)
-        from mamba3.tasks.coefficient_kernels import Coefficients
+        from mamba3.tasks.coefficient_kernels import Coefficients, firsts_of
         from mamba3.tasks.mixing_kernels import Mixed, tf32
 
         assert cu_seqlens is None and self.B_bias is not None and self.C_bias is not None and self.D is not None
@@ -64,7 +64,7 @@ class FusedMamba3(Mamba3):
         one, none = u.new_ones(1), u.new_zeros(1)
         raw = torch.cat([row.dt, row.A, row.lam, row.theta], dim=-1)[None]
         log_alpha, w, gamma, tick, theta = Coefficients.apply(
-            raw, self.dt_bias[None], one, none, none, one * (self.decay == "heavy_tail"), self.A_floor
+            raw, self.dt_bias[None], one, none, none, one * (self.decay == "heavy_tail"), self.A_floor, firsts_of(raw)
         )
         B, C = self.B_norm(row.B)[None], self.C_norm(row.C)[None]
         x, z = (v.unflatten(-1, (self.nheads, self.headdim))[None] for v in (row.x, row.z))

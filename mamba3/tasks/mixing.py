@@ -149,12 +149,20 @@ def mix(sizes: Sizes, which: Switches, layer: dict[str, Tensor], rows: Rows, chu
 def mix_by_kernels(sizes: Sizes, which: Switches, layer: dict[str, Tensor], rows: Rows, chunks: int) -> Tensor:
     """`mix` of one rank in float32 by `mamba3.tasks.mixing_kernels`, which have chunks of their own."""
     from mamba3.tasks.coefficient_kernels import Coefficients as Fused
+    from mamba3.tasks.coefficient_kernels import firsts_of
     from mamba3.tasks.mixing_kernels import Mixed, tf32
 
     assert rows.x is not None and rows.B is not None and rows.C is not None and rows.z is not None
     assert rows.raw is not None and sizes.r == 1
     log_alpha, w, gamma, tick, theta = Fused.apply(
-        rows.raw, layer["mixer.dt_bias"], which.turns, which.fixed, which.lam, which.heavy, sizes.A_floor
+        rows.raw,
+        layer["mixer.dt_bias"],
+        which.turns,
+        which.fixed,
+        which.lam,
+        which.heavy,
+        sizes.A_floor,
+        firsts_of(rows.raw),
     )
     c = Coefficients(log_alpha, w, gamma, tick, theta, _frequencies(sizes, log_alpha))
     x, z = (v.unflatten(-1, (sizes.heads, sizes.p)) for v in (rows.x, rows.z))

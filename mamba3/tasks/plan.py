@@ -12,6 +12,7 @@ from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from mamba3.tasks import MQAR, make_task
@@ -19,7 +20,8 @@ from mamba3.tasks.captured import Group
 from mamba3.tasks.fit import STEPS_A_DRAW, seeded_generator
 from mamba3.tasks.settings import Settings
 
-WIDTH_MULTIPLE = 8
+WIDTH_MULTIPLE, ROW_MULTIPLE = 8, 256
+AT_ONCE = 64  # steps whose sequences are put into rows together
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Plan:
     precision: str = "high"  # of matrix products in training: "high" lets a GPU shorten them to TF32
     enough: float = 0.0  # loss at which a stage ends early; 0: every stage takes settings.steps steps
     least: int = 0  # steps that each later stage keeps, however long the ones before it take
+    headdim: int = 64  # channels of a head
+    whole_rates: bool = False  # the seeds of a rate stay or go together, by the median of their losses
 
     def stage_end(self, stage: int) -> int:
         """The step before which a stage ends at the latest. All stages together always take settings.total steps."""
@@ -125,11 +129,30 @@ def _draw_group(plan: Plan, stage: int, pool: Executor | None) -> Group:
         drawn = pool.map(draw_recall, *zip(*arguments, strict=True)) if pool else (draw_recall(*a) for a in arguments)
         tokens, *asked = (torch.cat([torch.from_numpy(v) for v in part]) for part in zip(*drawn, strict=True))
         kinds.append((tokens, *(v.repeat(1, 1, -(-pairs // v.shape[2]))[..., :pairs] for v in asked)))
-    return Group(*(torch.cat(part, dim=1)[: plan.settings.steps] for part in zip(*kinds, strict=True)))
+    tokens, places, answers = (torch.cat(part, dim=1)[: plan.settings.steps] for part in zip(*kinds, strict=True))
+    return Group(tokens, places, answers)
 
 
-def stage_groups(plan: Plan, stage: int, pool: Executor | None) -> list[Group]:
-    """All sequences of a stage, cut into groups of similar length; recall's in one."""
+def _in_one_row(tokens: torch.Tensor, places: torch.Tensor, answers: torch.Tensor) -> Group:
+    """Sequences [steps, b, t] one behind another, without what follows the token that is asked. What is left of the longest
+    row is sequences too, of at most the longest one's tokens, that nobody asks."""
+    lengths = places.long() + 1
+    steps, _, t = tokens.shape
+    longest, sums = int(lengths.max()), lengths.sum(1)
+    size = -(-int(sums.max()) // ROW_MULTIPLE) * ROW_MULTIPLE
+    more = -(-(size - int(sums.min())) // longest)
+    ends = (
+        torch.cat([lengths.cumsum(1), sums[:, None] + longest * torch.arange(1, more + 1)], dim=1).clamp(max=size) - 1
+    )
+    row, at, place = np.zeros((steps, size), np.uint8), np.arange(size), np.arange(t)
+    for k in range(0, steps, AT_ONCE):
+        part = slice(k, k + AT_ONCE)
+        row[part][at < sums[part, None].numpy()] = tokens[part].numpy()[place < lengths[part, :, None].numpy()]
+    return Group(torch.from_numpy(row), ends.int(), answers.contiguous(), longest)
+
+
+def stage_groups(plan: Plan, stage: int, pool: Executor | None, *, packed: bool = False) -> list[Group]:
+    """All sequences of a stage, cut into groups of similar length; recall's in one. packed: one behind another, in one."""
     if plan.task == MQAR.name:
         return [_recall_group(plan, stage, pool)]
     blocks = range(-(-plan.settings.steps // STEPS_A_DRAW))
@@ -140,6 +163,8 @@ def stage_groups(plan: Plan, stage: int, pool: Executor | None) -> list[Group]:
         drawn = list(pool.map(draw_block, *zip(*arguments, strict=True), chunksize=4))
     parts = zip(*drawn, strict=True)
     tokens, places, answers = (torch.cat([torch.from_numpy(v) for v in part])[: plan.settings.steps] for part in parts)
+    if packed:
+        return [_in_one_row(tokens, places, answers)]
     groups = []
     for t, p, a in zip(*(v.chunk(plan.groups[stage], dim=1) for v in (tokens, places, answers)), strict=True):
         width = -(-(int(p.max()) + 1) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE

@@ -10,10 +10,13 @@ The sequences are those of `mamba3.tasks.plan`; what is judged at the end is fre
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,10 @@ from mamba3.tasks.plan import Plan, stage_groups
 TOKENS_AT_ONCE = {"cpu": 2**15, "cuda": 2**19}
 AT_ONCE = 100  # steps between two looks at the clock
 WINDOW = 500  # steps: models are dropped by the least mean loss of any such window of the stage that ends
+# Sweeps of several threads replay their graphs side by side; all else, of which the precision of matrix products is the
+# process's, is one thread's at a time.
+ONE_AT_A_TIME = threading.RLock()
+SELDOM = 4  # looks between two validations before the last two stages
 VALIDATE_EVERY, VALIDATED = 500, 1024  # steps; sequences of the first range of lengths, none of them evaluated later
 
 
@@ -73,8 +80,9 @@ class Sweep:
         self.validations: list[dict[str, Any]] = []
         self.seconds = 0.0
         self.training = Captured(
-            entrants.layout, entrants.weights, entrants.exist, [m.rate for m in plan.members], plan.settings, device
-        )
+            entrants.layout, entrants.weights, entrants.exist, [m.rate for m in plan.members], plan.settings, device,
+            kernels=entrants.packed,
+        )  # fmt: skip
         # Of each model the weights with which it validated best so far, that score (in %) and the step.
         self.chosen = self.training.weights.clone()
         self.best = torch.full((len(plan.members), 2), -torch.inf)
@@ -89,27 +97,39 @@ class Sweep:
             results = json.loads((self.folder / RESULTS).read_text())
             require_same(results["identity"], self.plan.identity(), self.folder)
             return results
-        self._resume()
-        with ThreadPoolExecutor(1) as ahead:
-            return self._curriculum(ahead, should_stop)
+        own = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.device.type == "cuda" else nullcontext()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what __init__ made lies on another stream
+        ahead = ThreadPoolExecutor(1)
+        try:
+            with own:
+                self._resume()
+                return self._curriculum(ahead, should_stop)
+        finally:
+            ahead.shutdown(
+                wait=False, cancel_futures=True
+            )  # who is stopped does not wait for the next stage's sequences
 
     def _curriculum(self, ahead: Executor, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
         """`run` from the stage in which the training is; the sequences of the next stage are made during each."""
         stages = len(self.plan.settings.stages)
         begin = len(self.begins) - 1
-        coming = ahead.submit(stage_groups, self.plan, begin, self.pool) if begin < stages else None
+        packed = self.entrants.packed
+        coming = ahead.submit(stage_groups, self.plan, begin, self.pool, packed=packed) if begin < stages else None
         for stage in range(begin, stages):
             if self._taken() == self.begins[stage]:
                 self._drop(stage)
             assert coming is not None
             groups = coming.result()
-            coming = ahead.submit(stage_groups, self.plan, stage + 1, self.pool) if stage + 1 < stages else None
-            widths = [g.tokens.shape[2] for g in groups]
+            more = stage + 1 < stages
+            coming = ahead.submit(stage_groups, self.plan, stage + 1, self.pool, packed=packed) if more else None
+            widths = [g.tokens.shape[-1] for g in groups]
             self.say(f"{self.folder.name}: stage {stage + 1}, {len(self.rows)} models, widths {widths}\n")
             began = time.perf_counter()
             last = stage + 1 == stages
-            torch.set_float32_matmul_precision(self.plan.precision)
-            self.training.start_stage(self.entrants.forward(self.rows, self.device), groups, self.begins[stage])
+            with ONE_AT_A_TIME:
+                torch.set_float32_matmul_precision(self.plan.precision)
+                self.training.start_stage(self.entrants.forward(self.rows, self.device), groups, self.begins[stage])
             self.say(f"{self.folder.name}: captured in {time.perf_counter() - began:.1f} s\n")
             if not self._train_stage(stage, should_stop):
                 return None
@@ -117,7 +137,8 @@ class Sweep:
             self._save()
             if not last and should_stop():
                 return None
-        return self._finish()
+        with ONE_AT_A_TIME:
+            return self._finish()
 
     def _taken(self) -> int:
         return int(self.training.count)
@@ -130,14 +151,19 @@ class Sweep:
         forward = self.entrants.forward(self.rows, self.device)
         while taken < end:
             now = min(end - taken, self.at_once - taken % self.at_once)
-            self.training.advance(now)
-            taken += now
             if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+                self.training.advance(now)
+                torch.cuda.current_stream(self.device).synchronize()
+            else:
+                with ONE_AT_A_TIME:
+                    torch.set_float32_matmul_precision(self.plan.precision)
+                    self.training.advance(now)
+            taken += now
             late = should_stop()
             if taken % looks == 0 and self._learned(stage, taken):
                 end = taken
-            if taken % looks == 0 or taken == end:
+            late_stage = stage + 2 >= len(self.plan.settings.stages)
+            if taken % (looks if late_stage else SELDOM * looks) == 0 or taken == end:
                 self._validate(forward, taken)
             self.seconds = before + time.perf_counter() - began
             if late or taken % 1000 == 0 or taken == end:
@@ -163,7 +189,8 @@ class Sweep:
 
     def _validate(self, forward: Forward, taken: int) -> None:
         """Score the models as they are; keep the weights of those that were never better."""
-        found = accuracies(self.task, forward, self.training.weights, self.validation)
+        with ONE_AT_A_TIME:
+            found = accuracies(self.task, forward, self.training.weights, self.validation)
         scores = torch.tensor([100 * self.task.scaled_accuracy(a) for a in found])
         better = scores > self.best[:, 0]
         self.best[better] = torch.stack([scores, torch.full_like(scores, taken)], dim=1)[better]
@@ -179,7 +206,14 @@ class Sweep:
         steps = self.training.losses[self.begins[stage - 1] : taken]
         recent = torch.stack([w.mean(0) for w in steps.split(WINDOW)]).nan_to_num(torch.inf).amin(0).tolist()
         alive = self.training.alive.tolist()
-        order = sorted(range(len(self.rows)), key=lambda i: (not alive[i], recent[i] if alive[i] else 0.0))
+        ranks = [(recent[i] if alive[i] else torch.inf,) for i in range(len(self.rows))]
+        if self.plan.whole_rates:
+            of = [(members[row].kind, members[row].rate) for row in self.rows]
+            middle = {
+                key: statistics.median(r[0] for r, k in zip(ranks, of, strict=True) if k == key) for key in set(of)
+            }
+            ranks = [(middle[key], key[1], *own) for key, own in zip(of, ranks, strict=True)]
+        order = sorted(range(len(self.rows)), key=lambda i: ranks[i])
         count: dict[str, int] = {}
         kept = []
         for i in order:

@@ -94,6 +94,8 @@ def test_two_workers_fill_one_table_and_count_the_seeds_of_the_best_rate(tmp_pat
         "--quick",
         "--gpus",
         "2",
+        "--side-by-side",
+        "2",
         "--only",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
@@ -110,6 +112,47 @@ def test_two_workers_fill_one_table_and_count_the_seeds_of_the_best_rate(tmp_pat
     assert "2 of 2" in subprocess.run(
         [*command, *only], env=environment, capture_output=True, text=True, timeout=200, check=True
     ).stdout  # fmt: skip
+
+
+def test_a_plan_that_fails_leaves_the_one_beside_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import argparse
+
+    import table5b
+
+    wanted = {name: table5b.plans(table5b.QUICK, (1e-3,), 3)[name] for name in FEW}
+    built = table5b.entrants
+
+    def entrants(plan, *more, **named):
+        if plan.task == "parity":
+            raise RuntimeError("no kernel image is available")
+        return built(plan, *more, **named)
+
+    monkeypatch.setattr(table5b, "entrants", entrants)
+    monkeypatch.setattr(table5b.signal, "signal", lambda *_: None)
+    options = argparse.Namespace(
+        out=tmp_path, device="cpu", until=None, worker=None, readers=0, side_by_side=2, seeds=1, quick=True, plain=False,
+        padded=False, save_every=60.0,
+    )  # fmt: skip
+    table5b.work(options, wanted)
+    assert "no kernel image" in (tmp_path / FEW[0] / "failed.txt").read_text()
+    assert (tmp_path / FEW[1] / "results.json").is_file() and not (tmp_path / FEW[1] / "failed.txt").exists()
+
+
+def test_the_check_of_kernels_ends_with_their_errors(tmp_path):
+    """Without a GPU the kernels run in Triton's interpreter, on tiny models."""
+    pytest.importorskip("triton")
+    out, environment = (
+        tmp_path / "pace.json",
+        os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
+    )
+    script, words = (
+        str(SCRIPT.with_name("table5b_pace.py")),
+        ["--quick", "--device", "cpu", "--errors-alone", "--out", str(out)],
+    )
+    subprocess.run([sys.executable, script, *words], env=environment, check=True, timeout=200)
+    found = json.loads(out.read_text())
+    assert found["kernels"] and 0 < found["errors"]["highest"]["gradient"] < 1e-5
 
 
 @pytest.mark.slow

@@ -102,13 +102,13 @@ def test_recall_trains_on_several_numbers_of_pairs():
     (group,) = stage_groups(Plan("mqar", 16, members, settings, (1,), (2,)), 0, None)
     assert tuple(group.tokens.shape) == (20, 4, 32) and tuple(group.answers.shape) == (20, 4, 8)
     for sequence, pairs in enumerate((8, 8, 4, 4)):  # K = T / 4, T / 8
-        tokens, places, answers = (v[3, sequence].long() for v in group)
+        tokens, places, answers = (v[3, sequence].long() for v in group[:3])
         keys = tokens[: 2 * pairs : 2].tolist()
         for place, answer in zip(places, answers, strict=True):  # the token after the key's first place is the answer
             assert tokens[2 * keys.index(int(tokens[place])) + 1] == answer
         assert [int((places == place).sum()) for place in places.unique()] == [8 // pairs] * pairs
     (again,) = stage_groups(Plan("mqar", 16, members, settings, (1,), (2,)), 0, None)
-    assert all(a.equal(b) for a, b in zip(group, again, strict=True))
+    assert all(a.equal(b) for a, b in zip(group[:3], again[:3], strict=True))
 
 
 def test_what_cannot_be_built_is_named(monkeypatch):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -122,6 +123,37 @@ def test_the_worst_of_each_kind_are_dropped(tmp_path):
     assert gone == [("mamba3", 10.0, 2), ("mamba3-rope", 10.0, 2)]
     alone, _ = run(replace(chosen, members=(Member("mamba3", 1e-3, 0),)), tmp_path / "alone")
     torch.testing.assert_close(ours.training.losses[:, 0], alone.training.losses[:, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_seeds_of_a_rate_go_together(tmp_path):
+    """By the median of their losses, though one of them is better than all that stay."""
+    chosen = replace(plan(rates=(1e-3, 2e-3), keep=(6, 3)), whole_rates=True)
+    chosen = replace(chosen, members=tuple(Member("mamba3", rate, seed) for seed in range(3) for rate in (1e-3, 2e-3)))
+    ours = Sweep(chosen, models(chosen), tmp_path, CPU, say=lambda text: None)
+    ours.training.count += 6
+    losses = torch.tensor([0.5, 0.1, 0.4, 0.6, 0.3, float("nan")])  # medians 0.4 and 0.6
+    ours.training.losses[:6] = losses
+    ours._drop(1)
+    assert [chosen.members[row].rate for row in ours.rows] == [1e-3] * 3
+    assert sorted(d["seed"] for d in ours.dropped) == [0, 1, 2]
+
+
+def test_sweeps_of_several_threads_are_those_of_one(tmp_path):
+    """Side by side, with another precision each, and one that fails in the middle: results equal, to the bit."""
+    plans = [replace(plan(steps=30), precision=precision) for precision in ("high", "highest")]
+    expected = [run(chosen, tmp_path / f"alone-{i}", validate_every=5)[1] for i, chosen in enumerate(plans)]
+    beside = [
+        Sweep(p, models(p), tmp_path / f"beside-{i}", CPU, validate_every=5, say=lambda text: None)
+        for i, p in enumerate(plans)
+    ]
+    broken = Sweep(plan(), models(plan()), tmp_path / "broken", CPU, validate_every=2, say=lambda text: None)
+    broken.entrants.forward = None  # pyright: ignore
+    with ThreadPoolExecutor(3) as pool:
+        failed, *found = [pool.submit(sweep.run) for sweep in (broken, *beside)]
+    with pytest.raises(TypeError):
+        failed.result()
+    for one, alone in zip(found, expected, strict=True):
+        assert one.result() | {"training_seconds": 0} == alone | {"training_seconds": 0}
 
 
 def test_the_weights_that_validated_best_are_judged(tmp_path, monkeypatch):
