@@ -2,8 +2,8 @@
 
     python runs/longer.py --task parity --model RUN/best-mamba3 --out longer --stages 512 1024 --steps 250 --batch 32
 
-Each rate is one copy of the model; the copy and the step that validate best at the longest length are kept, in
-OUT/best-mamba3. May be stopped: the same command goes on. The folder must hold a plain Mamba-3 model (no attention, no MLP).
+Each rate is one copy of the model; the copy and the step that validate best, at the longest length or --validate-at, are kept,
+in OUT/best-mamba3. May be stopped: the same command goes on. The folder must hold a plain Mamba-3 model (no attention, no MLP).
 """
 
 import argparse
@@ -37,6 +37,7 @@ def main() -> None:
         "--groups", type=int, default=4, help="of similar length, into which a step's sequences are cut"
     )
     parser.add_argument("--sequences", type=int, default=512, help="evaluated at each length; half of them validate")
+    parser.add_argument("--validate-at", type=int, help="tokens (default: of the longest stage)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     model = Mamba3LM.from_pretrained(options.model)
@@ -44,9 +45,10 @@ def main() -> None:
     wide, _ = widened(model.config, {k: v.detach() for k, v in model.state_dict().items()})
     entrants.weights = entrants.layout.join({k: torch.stack([v] * len(options.rates)) for k, v in wide.items()})
     longest = max(options.stages)
+    judged = options.validate_at or longest
     settings = Settings(
         stages=options.stages, steps=options.steps, batch=options.batch, weight_decay=options.weight_decay,
-        ranges=tuple((n, n) for n in dict.fromkeys((longest, 256, *options.stages, 2 * longest, 4 * longest))),
+        ranges=tuple((n, n) for n in dict.fromkeys((judged, longest, 256, *options.stages, 2 * longest, 4 * longest))),
         sequences=options.sequences,
         long_sequences=options.sequences,
     )  # fmt: skip
@@ -62,7 +64,7 @@ def main() -> None:
         data_seed=7,
     )
     results = Sweep(
-        plan, entrants, options.out, torch.device(options.device), validate_every=max(1, options.steps // 5),
+        plan, entrants, options.out, torch.device(options.device), validate_every=max(1, options.steps // 20),
         validated=options.sequences // 2,
     ).run()  # fmt: skip
     assert results is not None  # nothing asks it to stop

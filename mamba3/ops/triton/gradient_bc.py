@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from mamba3.ops.triton.angles import rounded_product
-from mamba3.ops.triton.tiles import product, token_sums
+from mamba3.ops.triton.tiles import product
 
 
 @triton.jit
@@ -31,49 +31,59 @@ def part_of_rows(
 
 
 @triton.jit
-def put_part(
-    v, b_v, i_row, m_l, first, stop, S: tl.constexpr, WIDTH: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    RP: tl.constexpr,
-):  # fmt: skip
-    """The inverse of `part_of_rows`."""
-    o_l, o_r = tl.arange(0, L)[:, None, None], tl.arange(0, RP)[None, :, None]
-    o_n = first + tl.arange(0, WIDTH)[None, None, :]
-    p_v = v + i_row * S + ((o_l * R + o_r) * S + o_n)
-    tl.store(p_v, b_v.to(v.dtype.element_ty), mask=m_l[:, None, None] & (o_r < R) & (o_n < stop))
+def rows_of(L: tl.constexpr, R: tl.constexpr, RP: tl.constexpr):
+    """Which row of [l r] each row of a tile [l rp] is. With ranks and tokens in one dimension tiles are matrices, which
+    asynchronous copies lay out without bank conflicts for the product that reads them."""
+    o_row = tl.arange(0, L * RP)
+    if R == RP:
+        return o_row
+    else:
+        return (o_row // RP) * R + o_row % RP
 
 
 @triton.jit
 def put_bias(
-    d_bias, b_v, i_h, i_j, o_n, m_n, WIDTH: tl.constexpr, H: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-    R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
+    d_bias, b_v, b_ranks, i_h, i_j, o_n, m_n, WIDTH: tl.constexpr, H: tl.constexpr, N: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
-    """Rows [l r, n], summed over tokens, to channels o_n of d_bias [c, h, r, n]."""
-    b_sum = token_sums(b_v, WIDTH, L, RP, DTYPE)
-    o_r = tl.arange(0, b_sum.shape[0])
-    p_bias = d_bias + (i_j.to(tl.int64) * H + i_h) * (R * N) + (o_r[:, None] * N + o_n[None, :])
-    tl.store(p_bias, b_sum, mask=(o_r < R)[:, None] & m_n[None, :])
+    """Rows [l r, n], summed over tokens, to channels o_n of d_bias [c, h, r, n]: by a product with ones, because a sum across
+    threads takes several times as many instructions."""
+    b_sum = product(tl.trans(b_v), b_ranks, tl.zeros((WIDTH, b_ranks.shape[1]), tl.float32))  # [n, r]
+    o_r = tl.arange(0, b_ranks.shape[1])
+    p_bias = d_bias + (i_j.to(tl.int64) * H + i_h) * (R * N) + (o_r[None, :] * N + o_n[:, None])
+    tl.store(p_bias, b_sum, mask=(o_r < R)[None, :] & m_n[:, None])
 
 
 @triton.jit
 def sum_of_heads(
-    rows, v, v_parts, d_bias, i_j, i_t, i_part, blocks, m_l, head, count, first, GN: tl.constexpr, H: tl.constexpr,
+    rows, v, v_parts, d_bias, i_j, i_t, i_part, blocks, end, head, count, first, GN: tl.constexpr, H: tl.constexpr,
     N: tl.constexpr, UB: tl.constexpr, L: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Channels of B or of C, from `first` on: to v from token i_t on or, as one block of several, to v_parts from i_part on."""
-    b_sum = tl.zeros((L, RP, UB), tl.float32)
-    o_n = first + tl.arange(0, UB)
+    """Channels of B or of C, from `first` on: to v from token i_t on or, as one block of several, to v_parts from i_part on.
+
+    The heads are summed by products with the identity, which are exact: products read a tile where its copy has put it, without
+    bank conflicts, and what reads it any other way makes the compiler lay it out for that.
+    """
+    RANKS: tl.constexpr = RP if RP > 16 else 16
+    b_sum = tl.zeros((L * RP, UB), tl.float32)
+    o_n, o_row, o_each = first + tl.arange(0, UB), rows_of(L, R, RP), tl.arange(0, L * RP)
+    m_v = ((i_t + o_each // RP < end) & (o_each % RP < R))[:, None] & (o_n < N)[None, :]
+    b_same = tl.where(o_each[:, None] == o_each[None, :], 1.0, 0.0).to(DTYPE)
+    b_ranks = tl.where((o_each % RP)[:, None] == tl.arange(0, RANKS)[None, :], 1.0, 0.0).to(DTYPE)
     for i in tl.range(0, count, num_stages=STAGES):
         i_own = (i_j.to(tl.int64) * H + head + i) * (L * R)
-        b_v = part_of_rows(rows, i_own, m_l, first, N, N, UB, L, R, RP)
-        b_sum += b_v
+        b_v = tl.load(rows + i_own * N + (o_row[:, None] * N + o_n[None, :]), mask=m_v, other=0.0)
+        if EXACT:
+            b_sum += b_v
+        else:
+            b_sum = product(b_same, b_v, b_sum)
         if HAS_BIAS:
-            b_v = tl.reshape(b_v.to(DTYPE), (L * RP, UB))
-            put_bias(d_bias, b_v, head + i, i_j, o_n, o_n < N, UB, H, N, L, R, RP, DTYPE)
+            put_bias(d_bias, b_v, b_ranks, head + i, i_j, o_n, o_n < N, UB, H, N, R)
+    o_v = o_row[:, None] * GN + o_n[None, :]
     if blocks == 1:
-        put_part(v, b_sum, i_t.to(tl.int64) * R, m_l, first, N, GN, UB, L, R, RP)
+        tl.store(v + i_t.to(tl.int64) * R * GN + o_v, b_sum.to(v.dtype.element_ty), mask=m_v)
     else:
-        put_part(v_parts, b_sum, i_part * R, m_l, first, N, GN, UB, L, R, RP)
+        tl.store(v_parts + i_part * R * GN + o_v, b_sum.to(v_parts.dtype.element_ty), mask=m_v)
 
 
 @triton.jit
@@ -152,11 +162,11 @@ def gradient_bc_kernel(
             )  # fmt: skip
     elif i_part >= PARTS:
         sum_of_heads(
-            dB_rows, dB + i_g * N, dB_parts + i_g * N, dB_bias, i_j, i_t, i_own, blocks, m_l, head, count,
-            (i_part - PARTS) * UB, G * N, H, N, UB, L, R, RP, HAS_BIAS_B, STAGES, DTYPE,
+            dB_rows, dB + i_g * N, dB_parts + i_g * N, dB_bias, i_j, i_t, i_own, blocks, end, head, count,
+            (i_part - PARTS) * UB, G * N, H, N, UB, L, R, RP, HAS_BIAS_B, EXACT, STAGES, DTYPE,
         )  # fmt: skip
     else:
         sum_of_heads(
-            dC_rows, dC + i_g * N, dC_parts + i_g * N, dC_bias, i_j, i_t, i_own, blocks, m_l, head, count, i_part * UB,
-            G * N, H, N, UB, L, R, RP, HAS_BIAS_C, STAGES, DTYPE,
+            dC_rows, dC + i_g * N, dC_parts + i_g * N, dC_bias, i_j, i_t, i_own, blocks, end, head, count, i_part * UB,
+            G * N, H, N, UB, L, R, RP, HAS_BIAS_C, EXACT, STAGES, DTYPE,
         )  # fmt: skip
