@@ -43,26 +43,49 @@ def draw_numerics(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_kernels(results: dict[str, Any], path: Path) -> None:
-    """Milliseconds of each contestant, with the quarter points of its rounds, and the floor: a panel a shape and pass."""
+    """How many times ours each contestant's time is, with the quarter points of the rounds: a panel a rank and pass, and
+    one for the decode steps of each rank."""
     panels: list[Panel] = []
+    rows = {name: results.get(name, []) for name in ("forward", "backward")}
+    colors = {name: f"C{i}" for i, name in enumerate(_rivals([*rows["forward"], *rows["backward"]]))}
     for name, title in (("forward", "forward"), ("backward", "forward + backward")):
-        for row in results.get(name, []):
-            place = f"{title}, R = {row['rank']}, ({row['batch']}, {row['tokens']}), ms"
-            panels.append((place, lambda axes, row=row: _times(axes, row)))
+        for rank in sorted({row["rank"] for row in rows[name]}):
+            mine = [row for row in rows[name] if row["rank"] == rank and OURS in row["times"]]
+            panels.append((f"{title}, R = {rank}: times ours", lambda axes, mine=mine: _race(axes, mine, colors)))
     for rank in sorted({row["rank"] for row in results.get("decode", [])}):
         mine = [row for row in results["decode"] if row["rank"] == rank]
         panels.append((f"decode step of a layer, R = {rank}, ms", lambda axes, mine=mine: _steps(axes, mine)))
     _figure(panels, path)
 
 
-def _times(axes: Axes, row: dict[str, Any]) -> None:
-    names, spreads = list(row["times"]), [v["ms"] for v in row["times"].values()]
-    reach = [[s["median"] - s["low"] for s in spreads], [s["high"] - s["median"] for s in spreads]]
-    axes.barh(names, [s["median"] for s in spreads], xerr=reach)
-    axes.axvline(max(row["floors"].values()), color="black", linestyle=":", label="floor")
-    axes.set_xscale("log")
-    axes.invert_yaxis()
-    axes.legend()
+OURS = "triton"
+
+
+def _rivals(rows: list[dict[str, Any]]) -> list[str]:
+    """Names in the order in which they come; the PyTorch path, ten to thirty times slower, is left to the tables."""
+    return [name for name in dict.fromkeys(n for row in rows for n in row["times"]) if name not in (OURS, "chunked")]
+
+
+def _race(axes: Axes, rows: list[dict[str, Any]], colors: dict[str, str]) -> None:
+    """A group of bars a shape, from the line at 1, which is ours; below each shape what ours takes."""
+    names = _rivals(rows)
+    width = 0.8 / max(1, len(names))
+    for i, name in enumerate(names):
+        mine = [(at, row["times"][name]["ratio"]) for at, row in enumerate(rows) if name in row["times"]]
+        middle = [v["median"] for _, v in mine]
+        reach = [[v["median"] - v["low"] for _, v in mine], [v["high"] - v["median"] for _, v in mine]]
+        places = [at + (i - (len(names) - 1) / 2) * width for at, _ in mine]
+        axes.bar(
+            places, [m - 1 for m in middle], width, bottom=1, yerr=reach, color=colors[name], label=name, alpha=0.9
+        )
+    axes.axhline(1, color="black", label="ours")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g} ×")
+    axes.yaxis.set_minor_formatter("{x:g} ×")
+    axes.tick_params(axis="y", which="both", labelsize=8)
+    shapes = [f"({row['batch']}, {row['tokens']:,})\n{row['times'][OURS]['ms']['median']:.3g} ms" for row in rows]
+    axes.set_xticks(range(len(rows)), shapes)
+    axes.legend(fontsize=8)
 
 
 def _steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
