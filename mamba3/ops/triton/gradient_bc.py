@@ -138,8 +138,8 @@ def gradient_bc_kernel(
     HAS_BIAS_C: tl.constexpr, LEAVING: tl.constexpr, EXACT: tl.constexpr, HARDWARE: tl.constexpr, STAGES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One program a (block of `heads` heads of a group, chunk of the piece, part): UB channels each of C, then of B; then
-    the angles.
+    """One program a (block of `heads` heads of a group, chunk of the piece, part): the angles, which take longest and so begin
+    first; then UB channels each of C, then of B.
 
     Rows and turning of `gradient_rows_kernel`; LEAVING makes turning that of the state the chunk leaves. Sums: dB, dC [t r, g,
     n] or, where a group has several blocks, dB_parts, dC_parts [block, t r, g, n] of Tw tokens from t_first on; of these too
@@ -154,7 +154,9 @@ def gradient_bc_kernel(
     m_l = i_t + tl.arange(0, L) < end
     i_own = i_b.to(tl.int64) * Tw + (i_t - t_first)
     head, count = i_g * (H // G) + i_b * heads, tl.minimum(heads, H // G - i_b * heads)
-    if i_part >= 2 * PARTS:
+    ANGLES: tl.constexpr = 1 if A > 0 else 0
+    i_part -= ANGLES
+    if i_part < 0:
         if A > 0:
             sum_of_angles(
                 dphi_rows, turning, theta, tick, d_theta, d_tick, i_c, i_j, i_t, i_all.to(tl.int64) * Tw + (i_t - t_first),
