@@ -31,6 +31,7 @@ def draw(rows: list[dict[str, Any]], image: Path, quick: bool = False) -> None:
             if row["task"] != task:
                 continue
             exact = {int(k.split("-")[1]): v for k, v in row["best"].items() if len(set(k.split("-"))) == 1}
+            exact = dict(sorted(exact.items()))
             style = "-" if row["d_model"] >= 64 else "--"
             colour = colormaps["tab20"](2 * kinds.index(row["model"]) % 21)
             label = row.get("label") or f"{row['model']} {row['d_model']}"
@@ -39,7 +40,7 @@ def draw(rows: list[dict[str, Any]], image: Path, quick: bool = False) -> None:
             if row["paper"] is not None:
                 axes.plot([256], [row["paper"]], "o", mfc="none", color=colour, ms=9)
         axes.set(title=task, xlabel="tokens", ylabel="scaled accuracy, %", xscale="log")
-        axes.set_xticks(sorted(lengths), [f"{length:,}" for length in sorted(lengths)])
+        axes.set_xticks(sorted(lengths), [f"{length:,}" for length in sorted(lengths)], rotation=60)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     handles = {

@@ -57,6 +57,7 @@ def plans(settings: Settings, rates: tuple[float, ...], parity_steps: int) -> di
 
 # What a stage must reach before the sequences grow, in the plans that go on until it is learned, and what the later ones keep.
 ENOUGH, LEAST = 0.1, 5_500
+SOONER = 0.2  # in the plans that spend more of their steps on the longest sequences
 LENGTHS = (40, 60, 80, 100, 120, 140, 160)
 HEAD = 16  # channels; see docs/results/state-tracking.md
 
@@ -65,19 +66,22 @@ def finishing(settings: Settings, steps: int | None = None) -> dict[str, Plan]:
     """What the grid left open, the most wanted first; heads of 16 channels on arithmetic.
 
     Mamba-3 on arithmetic: three seeds of two rates, lengths that grow by 20 tokens when half of the models that go on have a
-    loss of 0.1, in 63,000 and 56,000 steps. The others: every row of the table that is missing, to its end, in stages of 2,500
-    steps, parity with three seeds; ablations beside the whole model, which has as many steps there as they have.
+    loss of 0.1, in 63,000 and 56,000 steps. `nodecay` are the same seeds of the better rate with the same steps and schedule,
+    without weight decay, and lengths grow at a loss of 0.2. The others: every row of the table that is missing, to its end, in
+    stages of 2,500 steps, parity with three seeds; ablations beside the whole model, which has as many steps there as they.
     """
     found: dict[str, Plan] = {}
     low, middle, high, higher = PAPER_RATES[2:6]
 
     def add(
         name: str, task: str, kinds: tuple[str, ...], rates: tuple[float, ...], keep: tuple[int, ...], seeds: int = 1,
-        stages: tuple[int, ...] = settings.stages, each: int = 2_500, headdim: int = HEAD, **more: float,
+        stages: tuple[int, ...] = settings.stages, each: int = 2_500, headdim: int = HEAD,
+        decay: float | None = None, **more: float,
     ) -> None:  # fmt: skip
         members = tuple(Member(kind, rate, seed) for kind in kinds for rate in rates for seed in range(seeds))
         own = replace(settings, stages=stages, steps=steps or each)
-        own = replace(own, weight_decay=0.0) if task == "parity" else own
+        decay = 0.0 if task == "parity" else decay
+        own = own if decay is None else replace(own, weight_decay=decay)
         whole = seeds > 1  # so that the best rate has all of its seeds
         more = {k: min(v, own.steps) if k == "least" else v for k, v in more.items()}
         kept = keep + keep[-1:] * (len(stages) - len(keep))
@@ -89,6 +93,9 @@ def finishing(settings: Settings, steps: int | None = None) -> dict[str, Plan]:
     hard = TASKS[1:]
     add("mamba3.learned", hard[1], ("mamba3",), (middle, high), (6, 6, 3), 3, each=9_000, **grown)
     add("mamba3.learned", hard[0], ("mamba3",), (middle, high), (6, 6, 3), 3, each=8_000, **grown)
+    sooner = grown | {"enough": SOONER, "decay": 0.0}
+    add("mamba3.nodecay", hard[1], ("mamba3",), (high,), (3,), 3, each=9_000, **sooner)
+    add("mamba3.nodecay", hard[0], ("mamba3",), (middle,), (3,), 3, each=8_000, **sooner)
     for name, kind in (("allturn.seeds", "mamba3-allturn"), ("seeds", "mamba3")):
         add(name, "parity", (kind,), (middle, high, higher), (9, 6, 3, 3), 3, headdim=64)
     for task in hard:
@@ -96,9 +103,9 @@ def finishing(settings: Settings, steps: int | None = None) -> dict[str, Plan]:
     for task in ("parity", *hard):
         add("gdn.short", task, ("gdn",), (middle, higher), (2, 1), headdim=64)
     for task in hard:
-        add("ablations.short", task, ("mamba3", *ABLATIONS), (middle,), (1,))
-    for task in hard:
         add("mamba2.short", task, ("mamba2",), (middle, higher), (2, 1), headdim=64)
+    for task in hard:
+        add("ablations.short", task, ("mamba3", *ABLATIONS), (middle,), (1,))
     add("ablations.short", "parity", ("mamba3", *ABLATIONS), (middle, high), (2, 2, 1, 1), headdim=64)
     for task in hard:
         add("transformer.short", task, ("transformer",), (low, high), (2, 1), headdim=64)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "runs" / "table5b.py"
+DOCUMENT = SCRIPT.parents[1] / "docs" / "results" / "state-tracking.md"
+FINISHING = json.loads((DOCUMENT.with_suffix("") / "2026-11-22-H200-finishing.json").read_text())
 FEW = ("parity.rotation.d32", "arithmetic.mamba3.d32")
 
 
@@ -79,6 +81,67 @@ def test_the_finishing_plans_hold_three_seeds_of_the_winners_and_every_missing_r
     for plan in found.values():
         if plan.members[0].kind != "gdn":  # all others can be built here: the models of a plan share a stack
             assert len(entrants(plan, True, torch.device("cpu")).weights) == len(plan.members)
+
+
+def test_the_plans_that_have_results_are_still_those_plans(monkeypatch):
+    """A folder of results is refused by another plan: what was trained would be trained again."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from table5b_plans import finishing
+
+    from mamba3.tasks.settings import Settings
+
+    found = finishing(Settings())
+    assert len(FINISHING["sweeps"]) == 6
+    for name, sweep in FINISHING["sweeps"].items():
+        assert found[name].identity() == sweep["identity"]
+
+
+def test_only_decay_differs_until_the_first_stage_of_nodecay_ends(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from dataclasses import replace
+
+    from table5b_plans import finishing
+
+    from mamba3.tasks.settings import Settings
+
+    found = finishing(Settings())
+    for row in FINISHING["rows"][:2]:
+        before, after = found[row["plan"]], found[row["plan"].replace("learned", "nodecay")]
+        assert [m for m in before.members if m.rate == pytest.approx(row["rate"])] == list(after.members)
+        assert after.settings.weight_decay == 0.0 and after.enough > before.enough
+        settings = replace(after.settings, weight_decay=before.settings.weight_decay)
+        same = replace(after, settings=settings, members=before.members, keep=before.keep, enough=before.enough)
+        assert same == before
+
+
+def test_the_document_says_what_the_results_say():
+    """Of the finishing plans and of what went on from them: seeds, medians and lengths."""
+    text, rows = DOCUMENT.read_text(), FINISHING["rows"]
+    by_plan = {(row["plan"], row["model"]): row for row in rows}
+    names = {
+        "parity, half turn": ("parity.seeds", "mamba3"),
+        "parity, all turn": ("parity.allturn.seeds", "mamba3-allturn"),
+        "arithmetic without brackets, heads of 16": ("arithmetic.mamba3.learned", "mamba3"),
+        "arithmetic with brackets, heads of 16": ("arithmetic-brackets.mamba3.learned", "mamba3"),
+    }
+    for name, key in names.items():
+        row = by_plan[key]
+        figures = " | ".join(f"{v:.1f}" for v in (*row["seeds"], row["median"]))
+        assert f"| {name} | {row['rate']:.1e} | {figures} |".replace("e-0", "e-") in text
+    for name, task in (("without", "arithmetic"), ("with", "arithmetic-brackets")):
+        row = by_plan[f"{task}.mamba3.learned, gone on", "mamba3"]
+        figures = " | ".join(f"{row['best'][f'{n}-{n}']:.1f}" for n in (160, 256, 320, 640))
+        assert f"| arithmetic {name} brackets | {figures} |" in text
+    for kind, name in (("mamba3-rope", "standard RoPE"), ("mamba3-norotation", "no rotation")):
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        for cell, task in zip(line.split("|")[3:5], ("arithmetic", "arithmetic-brackets"), strict=True):
+            assert cell.split()[0] == f"{by_plan[f'{task}.without.short', kind]['best']['256-256']:.1f}"
+    for task, longest in (("arithmetic", "without"), ("arithmetic-brackets", "with")):
+        sweep = FINISHING["sweeps"][f"{task}.mamba3.learned"]
+        settings = sweep["identity"]["plan"]["settings"]
+        ends = [*sweep["stage_begins"][1:], settings["steps"] * len(settings["stages"])]
+        steps = [end - begin for begin, end in zip(sweep["stage_begins"], ends, strict=True)]
+        assert f"| {longest} brackets, steps | {' | '.join(f'{n:,}' for n in steps)} |" in text
 
 
 def test_two_workers_fill_one_table_and_count_the_seeds_of_the_best_rate(tmp_path):
