@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from mamba3.ops.triton.again import launcher
 from mamba3.ops.triton.decode_token import sigmoid
 from mamba3.ops.triton.launch import device_limits, power_of_2
 
@@ -93,7 +94,7 @@ def _launch(u, add, norm_weight, total, weight, y, eps, *, gated):
     while BO > 1 and triton.cdiv(O, BO) < limits.multiprocessors:
         BO //= 2
     ahead = limits.capability[0] >= 9
-    few_rows_kernel[(triton.cdiv(O, BO),)](
+    launcher(few_rows_kernel, (triton.cdiv(O, BO),))(
         u, add, norm_weight, total, weight, y, O, eps, K=K, KP=KP, M=u.numel() // K, BO=BO, NORM=norm_weight is not None,
         HAS_ADD=add is not None, GATED=gated, AHEAD=ahead, num_warps=4, **({"launch_pdl": True} if ahead else {}),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,17 @@ from mamba3.ops.triton.ahead import at
 from mamba3.ops.triton.assembler import sound_assembler
 from mamba3.ops.triton.coefficients import coefficients_kernel
 from mamba3.ops.triton.last_token import last_token_kernel
-from mamba3.ops.triton.launch import Device, Launch, choose, device_limits, padded, piece, power_of_2, segment_programs
+from mamba3.ops.triton.launch import (
+    Device,
+    Launch,
+    choose,
+    device_limits,
+    padded,
+    piece,
+    power_of_2,
+    segment_programs,
+    side_by_side,
+)
 from mamba3.ops.triton.output import output_kernel
 from mamba3.ops.triton.segments import merge_kernel, summary_kernel
 from mamba3.ops.triton.tables import Tables, closed_tables, tables
@@ -48,6 +59,7 @@ class Sizes(NamedTuple):
     def NQ(self) -> int:
         return self.W * (4 if 0 < 2 * self.A < self.N else 2)
 
+    @functools.cache  # noqa: B019, values of a few models
     def channels(self) -> dict[str, int]:
         """Constants of the forward's matrix stages (`mamba3.ops.triton.channels`)."""
         return dict(
@@ -63,6 +75,7 @@ class Sizes(NamedTuple):
             NQ=self.NQ,
         )
 
+    @functools.cache  # noqa: B019
     def matrix(self) -> dict[str, int]:
         """Constants of the kernels that multiply matrices."""
         U = self.N - 2 * self.A
@@ -105,7 +118,9 @@ def _flat(v: Tensor | None) -> Tensor | None:
 
 
 def _parameter(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.float().contiguous()
+    if v is None or (v.dtype is torch.float32 and v.is_contiguous()):
+        return v
+    return v.float().contiguous()
 
 
 def suits_bulk(inp: Inputs, gate: Gate, sizes: Sizes, boundaries: tuple[int, ...]) -> bool:
@@ -173,8 +188,9 @@ def coefficients(inp: Inputs, table: Tables, chunk: int, *, backward: bool = Fal
     T, H = row_stride(inp.x.shape[0] * inp.x.shape[1]), inp.x.shape[2]
     exact = inp.x.dtype == torch.float32
     present = (True, exact, not backward, exact and not backward, backward, True)
-    like = {"device": inp.x.device, "dtype": torch.float32}
-    c = Coefficients(*(torch.empty((H, T) if here else (0,), **like) for here in present))
+    parts = iter(side_by_side(sum(present), (H, T), device=inp.x.device, dtype=torch.float32))
+    absent = torch.empty(0, device=inp.x.device, dtype=torch.float32)
+    c = Coefficients(*(next(parts) if here else absent for here in present))
     HB = min(16, power_of_2(H))
     at(coefficients_kernel, (table.chunks.shape[0], triton.cdiv(H, HB)))(
         inp.dt.contiguous(), inp.A.contiguous(), inp.lam.contiguous(), table.chunks, *c, T,
@@ -222,8 +238,7 @@ def last_token(inp: Inputs, sizes: Sizes, table: Tables, phi: Tensor) -> tuple[T
     B_prev = torch.empty(s, sizes.R, sizes.H, sizes.N, device=phi.device, dtype=inp.x.dtype)
     x_prev = torch.empty(s, sizes.H, sizes.P, device=phi.device, dtype=inp.x.dtype)
     x, x_row = rows(inp.x)
-    constants = sizes.matrix()
-    del constants["RP"]
+    constants = {name: value for name, value in sizes.matrix().items() if name != "RP"}
     at(last_token_kernel, (sizes.H, s))(
         x, inp.B.contiguous(), _parameter(inp.B_bias), phi, table.sequences, B_prev, x_prev, x_row,
         **constants, HAS_BIAS_B=inp.B_bias is not None, num_warps=1,
