@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mamba3.ops.triton.again import launcher
 from mamba3.ops.triton.decode_token import EPS, PI, decay_rate, sigmoid, softplus, tanh
-from mamba3.ops.triton.launch import power_of_2, side_by_side
+from mamba3.ops.triton.launch import cdiv, power_of_2, side_by_side
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def swiglu(v: Tensor) -> Tensor:
     n = v.shape[-1] // 2
     out = torch.empty(*v.shape[:-1], n, device=v.device, dtype=v.dtype)
     BLOCK = min(2048, power_of_2(n))
-    launcher(swiglu_kernel, (out.numel() // n, triton.cdiv(n, BLOCK)))(v, out, N=n, BLOCK=BLOCK, num_warps=4)
+    launcher(swiglu_kernel, (out.numel() // n, cdiv(n, BLOCK)))(v, out, N=n, BLOCK=BLOCK, num_warps=4)
     return out
 
 

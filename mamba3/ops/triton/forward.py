@@ -7,7 +7,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -20,6 +19,7 @@ from mamba3.ops.triton.last_token import last_token_kernel
 from mamba3.ops.triton.launch import (
     Device,
     Launch,
+    cdiv,
     choose,
     device_limits,
     padded,
@@ -173,11 +173,11 @@ def angles(inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | N
     if A:
         HB, BLOCK = min(8, power_of_2(H)), 32
         tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
-        at(turns_kernel, (chunks, triton.cdiv(H, HB)))(
+        at(turns_kernel, (chunks, cdiv(H, HB)))(
             inp.theta.contiguous(), tick, table.chunks, turn, phase, T,
             H=H, A=A, AP=power_of_2(A), L=chunk, LB=8, HB=HB, EXACT=exact, num_warps=1,
         )  # fmt: skip
-        at(phases_kernel, (sequences, triton.cdiv(H * A, BLOCK)))(
+        at(phases_kernel, (sequences, cdiv(H * A, BLOCK)))(
             phase, phi, table.sequences, phi_out, HA=H * A, CB=64, BLOCK=BLOCK, HAS_PHI=phi is not None, num_warps=4
         )
     return Angles(turn, phase, phi_out)
@@ -192,7 +192,7 @@ def coefficients(inp: Inputs, table: Tables, chunk: int, *, backward: bool = Fal
     absent = torch.empty(0, device=inp.x.device, dtype=torch.float32)
     c = Coefficients(*(next(parts) if here else absent for here in present))
     HB = min(16, power_of_2(H))
-    at(coefficients_kernel, (table.chunks.shape[0], triton.cdiv(H, HB)))(
+    at(coefficients_kernel, (table.chunks.shape[0], cdiv(H, HB)))(
         inp.dt.contiguous(), inp.A.contiguous(), inp.lam.contiguous(), table.chunks, *c, T,
         H=H, L=chunk, HB=HB, EXACT=exact, BACKWARD=backward, num_warps=4,
     )  # fmt: skip
@@ -223,7 +223,7 @@ def entering_states(
         )  # fmt: skip
     given = State(*(_flat(v) for v in state)) if state is not None else State(S, S, S, S)
     PB = min(16, power_of_2(P))
-    at(merge_kernel, (H, table.sequences.shape[0], triton.cdiv(P, PB)))(
+    at(merge_kernel, (H, table.sequences.shape[0], cdiv(P, PB)))(
         S, total, given.S, given.x_prev, given.B_prev, _parameter(inp.mimo_x), inp.dt.contiguous(),
         inp.lam.contiguous(), table.sequences, table.sequence_segments,
         H=H, R=sizes.R, P=P, PB=PB, N=N, NP=power_of_2(N), HAS_STATE=state is not None,

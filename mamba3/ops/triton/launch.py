@@ -62,6 +62,11 @@ def side_by_side(count: int, shape: tuple[int, ...], *, device: torch.device, dt
     return torch.empty((count, *shape), device=device, dtype=dtype).unbind(0)
 
 
+def cdiv(size: int, block: int) -> int:
+    """Blocks that hold `size`; written out for the same reason."""
+    return -(-size // block)
+
+
 def padded(size: int) -> int:
     """The smallest power of two that holds `size` and that a matrix product takes."""
     return max(16, power_of_2(max(1, size)))
