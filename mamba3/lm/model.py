@@ -292,9 +292,13 @@ class Mamba3LM(nn.Module):
 
     def fingerprint(self) -> str:
         """A short name for these weights: a hash of what the configuration builds and of samples of every parameter."""
-        parameters = dict(self.named_parameters())
-        key = tuple((p.data_ptr(), p._version) for p in parameters.values() if not p.is_meta)
+        modules: list[nn.Module] = [self]  # asked for at every prefill without a state: PyTorch's walk is slow
+        for module in modules:
+            modules.extend(m for m in module._modules.values() if m is not None)
+        found = (p for module in modules for p in module._parameters.values() if p is not None)
+        key = tuple((p.data_ptr(), p._version) for p in found if not p.is_meta)
         if self._fingerprint is None or self._fingerprint[0] != key:
+            parameters = dict(self.named_parameters())
             digest = hashlib.sha256(self.config.canonical().to_json().encode())
             samples = []
             for v in (part for p in parameters.values() for part in _parts(p.detach())):

@@ -113,9 +113,19 @@ def check(
     return inp, gate, state, boundaries, sizes
 
 
-def fits(inp: Inputs, state: State) -> bool:
-    """Whether a state has the sizes and device of inputs, of one token or several, that are known to be right."""
+def sizes_of(inp: Inputs, boundaries: list[int] | None) -> dict[str, int]:
+    """The size of each letter, of inputs that are known to be right."""
+    sizes = dict(zip("bthp", inp.x.shape, strict=True)) | dict(zip("rgn", inp.B.shape[2:], strict=True))
+    return sizes | dict(s=sizes["b"] if boundaries is None else len(boundaries) - 1, a=inp.theta.shape[-1])
+
+
+def fits(inp: Inputs, state: State, sequences: int | None = None) -> bool:
+    """Whether a state has the sizes and device of inputs, of one token or several, that are known to be right.
+
+    sequences: of a pack; None where there are as many as rows.
+    """
     (b, *_, h, p), (r, _, n) = inp.x.shape, inp.B.shape[-3:]
+    b = b if sequences is None else sequences
     shapes = (state.phi.shape, state.S.shape, state.B_prev.shape, state.x_prev.shape)
     expected = ((b, h, inp.theta.shape[-1]), (b, h, p, n), (b, r, h, n), (b, h, p))
     return shapes == expected and all(v.device == inp.x.device and v.is_floating_point() for v in state[:4])

@@ -276,3 +276,14 @@ def test_tokens_kept_of_those_verified_are_prefilled(name):
         found = mine.select([row])
         assert state_distance(found, alone) < 1e-10
         assert found.conv is None or distance(found.conv, alone.conv) < 1e-10
+
+
+def test_a_layer_refuses_no_tokens_and_a_state_of_other_sequences():
+    layer = Mamba3(64, 16, headdim=16)
+    for shape in ((0, 3, 64), (2, 0, 64)):
+        with pytest.raises(ValueError, match="At least one sequence of at least one token"):
+            layer(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"state\.phi has s = 3"):
+        layer.prefill(torch.zeros(2, 3, 64), layer.init_state(3))
+    with pytest.raises(ValueError, match=r"state\.phi has s = 1"):
+        layer.prefill(torch.zeros(1, 3, 64), layer.init_state(1), [0, 1, 3])

@@ -236,7 +236,7 @@ def test_the_layer_trains_with_the_kernels_as_with_chunked(settings, monkeypatch
     u, weight = torch.randn(2, 2, 21, 16, device=DEVICE).unbind(0)
 
     def grads(impl, dtype=torch.float32):
-        monkeypatch.setattr(mixer, "run_scan", lambda *a: run_scan(*a, impl=impl))
+        monkeypatch.setattr(mixer, "run_scan", lambda *a, **more: run_scan(*a, impl=impl, **more))
         leaf = u.to(dtype).requires_grad_()
         return torch.autograd.grad((layer.to(dtype)(leaf) * weight).sum(), [leaf, *layer.parameters()])
 

@@ -10,8 +10,8 @@
     decode         one token between the two projections of a layer, in one kernel; decode_ranks for more than one rank
 
 `channels` and `tiles` hold what several of them load and rotate; `tables` and `windows` which tokens each program works on,
-`launch` how large its tiles are, and `ahead` compiles a first call's kernels side by side. What the backward pass's launches
-share is `call`; what states before and after a sequence add to it, `ends`.
+`launch` how large its tiles are, `ahead` compiles a first call's kernels side by side, and `again` launches what was launched
+before. What the backward pass's launches share is `call`; what states before and after a sequence add to it, `ends`.
 
 Importing this package does not import triton; `why_not` says whether it can be used.
 """
@@ -49,10 +49,13 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed (it comes with torch's CUDA and ROCm builds)"
     if dtype not in DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    is_gpu = device.type == "cuda"
+    if is_gpu and (torch.version.hip is not None or _new_enough(device)):  # the usual answer, without the environment
+        return None
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if device.type != "cuda":
+    if not is_gpu:
         return f"the kernels need a CUDA or ROCm device, not {device.type}"
-    if torch.version.hip is None and not _new_enough(device):
+    if torch.version.hip is None:
         return "the kernels need compute capability 8.0, for bfloat16 matrix instructions"
     return None

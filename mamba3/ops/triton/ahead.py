@@ -28,6 +28,7 @@ try:  # Triton 3.5 and later
 except ImportError:
     AsyncCompileMode = active_mode = None
 
+from mamba3.ops.triton.again import launcher
 from mamba3.ops.triton.assembler import sound_assembler
 from mamba3.ops.types import Gate, Inputs, State
 
@@ -38,7 +39,7 @@ _gone_through: set[tuple] = set()
 
 def at(kernel, grid: tuple[int, ...]) -> Callable:
     """kernel[grid]; where a call is gone through ahead, what compiles the kernel for the arguments and launches nothing."""
-    return functools.partial(kernel.warmup, grid=grid) if _compiling_alone.get() else kernel[grid]
+    return functools.partial(kernel.warmup, grid=grid) if _compiling_alone.get() else launcher(kernel, grid)
 
 
 def without_data(v: Tensor | None) -> Tensor | None:

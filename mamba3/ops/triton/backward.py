@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from mamba3.ops.triton.ahead import at
@@ -20,7 +19,7 @@ from mamba3.ops.triton.ends import LastState, add_turn, given_state, last_token
 from mamba3.ops.triton.gradient_bc import gradient_bc_kernel
 from mamba3.ops.triton.gradient_dt import gradient_dt_kernel
 from mamba3.ops.triton.gradient_rows import gradient_rows_kernel
-from mamba3.ops.triton.launch import Device, Scratch, choose_scratch, device_limits, padded
+from mamba3.ops.triton.launch import Device, Scratch, cdiv, choose_scratch, device_limits, padded, power_of_2
 from mamba3.ops.triton.segments import merge_kernel
 from mamba3.ops.triton.states import reverse_merge_kernel, states_kernel
 from mamba3.ops.triton.windows import Piece, Window
@@ -73,11 +72,11 @@ def _entering(call: Call, state: State | None) -> Tensor | None:
     if tables.split:
         _states(call, (0, count), 0, None, None, S, total, reverse=False)
     given = State(S, S, S, S) if state is None else State(*(v.contiguous() for v in state[:4]))
-    PB = min(16, triton.next_power_of_2(sizes.P))
-    at(merge_kernel, (sizes.H, tables.sequences.shape[0], triton.cdiv(sizes.P, PB)))(
+    PB = min(16, power_of_2(sizes.P))
+    at(merge_kernel, (sizes.H, tables.sequences.shape[0], cdiv(sizes.P, PB)))(
         S, total, given.S, given.x_prev, given.B_prev, inp.mimo_x, inp.dt, inp.lam, tables.sequences,
         tables.sequence_segments, H=sizes.H, R=sizes.R, P=sizes.P, PB=PB, N=sizes.N,
-        NP=triton.next_power_of_2(sizes.N), HAS_STATE=state is not None, HAS_MIMO_X=inp.mimo_x is not None, num_warps=4,
+        NP=power_of_2(sizes.N), HAS_STATE=state is not None, HAS_MIMO_X=inp.mimo_x is not None, num_warps=4,
     )  # fmt: skip
     return S
 
@@ -93,7 +92,7 @@ def _leaving(call: Call, dS: Tensor | None) -> Tensor | None:
     total = call.dy.new_empty((count, sizes.H), dtype=torch.float32)
     _states(call, (0, count), 0, None, None, S, total, reverse=True)
     BLOCK, PN = 1024, sizes.P * sizes.N
-    at(reverse_merge_kernel, (sizes.H, tables.sequences.shape[0], triton.cdiv(PN, BLOCK)))(
+    at(reverse_merge_kernel, (sizes.H, tables.sequences.shape[0], cdiv(PN, BLOCK)))(
         S, total, dS, tables.sequence_segments, H=sizes.H, PN=PN, BLOCK=BLOCK, HAS_FINAL=dS is not None, num_warps=4
     )
     return S
@@ -141,7 +140,7 @@ def _gradient_bc(
     inp, sizes = call.inp, call.sizes
     (c0, c1), (t0, t1), per_group = piece.chunks, piece.tokens, sizes.H // sizes.G
     heads = min(per_group, 2 ** (max(1, 2 * (c1 - c0) * sizes.H // call.programs).bit_length() - 1))
-    blocks, tokens = triton.cdiv(per_group, heads), t1 - t0
+    blocks, tokens = cdiv(per_group, heads), t1 - t0
     like = dict(device=inp.x.device, dtype=torch.float32)
     shared = [v[t0 * sizes.R : t1 * sizes.R] for v in (out.dB, out.dC)]
     theta = torch.empty(sizes.G * blocks, tokens, sizes.A, **like)
@@ -151,7 +150,7 @@ def _gradient_bc(
         for bias in (inp.B_bias, inp.C_bias)
     ]
     UB = min(padded(sizes.N), call.launch.channels)
-    at(gradient_bc_kernel, (sizes.G * blocks, c1 - c0, 2 * triton.cdiv(sizes.N, UB) + (sizes.A > 0)))(
+    at(gradient_bc_kernel, (sizes.G * blocks, c1 - c0, 2 * cdiv(sizes.N, UB) + (sizes.A > 0)))(
         inp.theta, call.tick, *of_heads, out.turning, call.plan.chunks, out.dB, out.dC, *parts, theta, out.rows.tick,
         *biases, c0, t0, tokens, heads, call.c.decay.shape[1],
         **{name: call.constants[name] for name in ("H", "G", "R", "RP", "N", "A", "W", "L", "EXACT", "HARDWARE", "DTYPE")},
@@ -200,8 +199,8 @@ def _gradient_dt(call: Call, out: Buffers, d_halo: Tensor | None) -> tuple[Tenso
     inp, (H, row), T = call.inp, call.c.decay.shape, call.inp.x.shape[0] * call.inp.x.shape[1]
     d_dt, d_A, d_lam = (torch.empty(T, H, device=inp.dt.device, dtype=torch.float32) for _ in range(3))
     d_tick = torch.zeros_like(d_dt) if inp.tick is not None else d_dt
-    HB = min(32, triton.next_power_of_2(H))
-    at(gradient_dt_kernel, (call.plan.chunks.shape[0], triton.cdiv(H, HB)))(
+    HB = min(32, power_of_2(H))
+    at(gradient_dt_kernel, (call.plan.chunks.shape[0], cdiv(H, HB)))(
         inp.dt, inp.A, inp.lam, call.c.weight, call.plan.chunks, *out.rows, d_halo, d_dt, d_A, d_lam, d_tick, row, H=H,
         L=call.launch.tokens, HB=HB, HAS_STATE=d_halo is not None, TURNS=call.sizes.A > 0, HAS_TICK=inp.tick is not None,
         EXACT=call.constants["EXACT"], HARDWARE=call.constants["HARDWARE"], num_warps=4,

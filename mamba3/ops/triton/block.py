@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mamba3.ops.triton.again import launcher
 from mamba3.ops.triton.decode_token import EPS, PI, decay_rate, sigmoid, softplus, tanh
-from mamba3.ops.triton.launch import power_of_2
+from mamba3.ops.triton.launch import cdiv, power_of_2, side_by_side
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def add_norm(h: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: tor
     n = h.shape[-1]
     u, total = torch.empty(h.shape, device=h.device, dtype=dtype), h if y is None else torch.empty_like(h)
     BLOCK = power_of_2(n)
-    add_norm_kernel[(h.numel() // n,)](
+    launcher(add_norm_kernel, (h.numel() // n,))(
         h, None if y is None else y.contiguous(), weight, u, total, eps, N=n, BLOCK=BLOCK, HAS_Y=y is not None,
         num_warps=min(8, max(1, BLOCK // 512)),
     )  # fmt: skip
@@ -102,7 +103,7 @@ def swiglu(v: Tensor) -> Tensor:
     n = v.shape[-1] // 2
     out = torch.empty(*v.shape[:-1], n, device=v.device, dtype=v.dtype)
     BLOCK = min(2048, power_of_2(n))
-    swiglu_kernel[(out.numel() // n, triton.cdiv(n, BLOCK))](v, out, N=n, BLOCK=BLOCK, num_warps=4)
+    launcher(swiglu_kernel, (out.numel() // n, cdiv(n, BLOCK)))(v, out, N=n, BLOCK=BLOCK, num_warps=4)
     return out
 
 
@@ -116,9 +117,9 @@ def activations(
     """
     (b, t, h), a, (r, g, n) = dt.shape, theta.shape[-1], groups
     single = {"device": dt.device, "dtype": torch.float32}
-    out = [torch.empty(b, t, size, **single) for size in (h, h, h, a)]
-    vectors = [torch.empty(b, t, r, g, n, device=B.device, dtype=B.dtype) for _ in range(2)]
-    activations_kernel[(b * t,)](
+    out = [*side_by_side(3, (b, t, h), **single), torch.empty(b, t, a, **single)]
+    vectors = side_by_side(2, (b, t, r, g, n), device=B.device, dtype=B.dtype)
+    launcher(activations_kernel, (b * t,))(
         B, C, dt, A, lam, theta, dt_bias, B_weight, C_weight, *vectors, *out, B.stride(1), dt.stride(1), H=h,
         HP=power_of_2(h), A=a, AP=power_of_2(max(1, a)), N=n, NP=power_of_2(n),
         M=r * g, MP=power_of_2(r * g), A_FLOOR=A_floor, HEAVY_TAIL=decay == "heavy_tail",

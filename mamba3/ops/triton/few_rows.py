@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from mamba3.ops.triton.again import launcher
 from mamba3.ops.triton.decode_token import sigmoid
-from mamba3.ops.triton.launch import device_limits, power_of_2
+from mamba3.ops.triton.launch import cdiv, device_limits, power_of_2
 
 # With more rows the products take longer than cuBLAS's, which has matrix instructions: fc1 of the 1.5B takes 11.0 us for two
 # rows and 14.4 for four, cuBLAS 10.6 for either.
@@ -90,10 +91,10 @@ def _launch(u, add, norm_weight, total, weight, y, eps, *, gated):
     limits = device_limits(u.device)
     (K, O), KP = (weight.shape[1], y.shape[-1]), power_of_2(weight.shape[1])
     BO = max(1, (TILE if norm_weight is None else NORMED_TILE) // KP // (2 if gated else 1))
-    while BO > 1 and triton.cdiv(O, BO) < limits.multiprocessors:
+    while BO > 1 and cdiv(O, BO) < limits.multiprocessors:
         BO //= 2
     ahead = limits.capability[0] >= 9
-    few_rows_kernel[(triton.cdiv(O, BO),)](
+    launcher(few_rows_kernel, (cdiv(O, BO),))(
         u, add, norm_weight, total, weight, y, O, eps, K=K, KP=KP, M=u.numel() // K, BO=BO, NORM=norm_weight is not None,
         HAS_ADD=add is not None, GATED=gated, AHEAD=ahead, num_warps=4, **({"launch_pdl": True} if ahead else {}),
     )  # fmt: skip

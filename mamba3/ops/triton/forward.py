@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -16,7 +16,18 @@ from mamba3.ops.triton.ahead import at
 from mamba3.ops.triton.assembler import sound_assembler
 from mamba3.ops.triton.coefficients import coefficients_kernel
 from mamba3.ops.triton.last_token import last_token_kernel
-from mamba3.ops.triton.launch import Device, Launch, choose, device_limits, padded, piece, power_of_2, segment_programs
+from mamba3.ops.triton.launch import (
+    Device,
+    Launch,
+    cdiv,
+    choose,
+    device_limits,
+    padded,
+    piece,
+    power_of_2,
+    segment_programs,
+    side_by_side,
+)
 from mamba3.ops.triton.output import output_kernel
 from mamba3.ops.triton.segments import merge_kernel, summary_kernel
 from mamba3.ops.triton.tables import Tables, closed_tables, tables
@@ -48,6 +59,7 @@ class Sizes(NamedTuple):
     def NQ(self) -> int:
         return self.W * (4 if 0 < 2 * self.A < self.N else 2)
 
+    @functools.cache  # noqa: B019, values of a few models
     def channels(self) -> dict[str, int]:
         """Constants of the forward's matrix stages (`mamba3.ops.triton.channels`)."""
         return dict(
@@ -63,6 +75,7 @@ class Sizes(NamedTuple):
             NQ=self.NQ,
         )
 
+    @functools.cache  # noqa: B019
     def matrix(self) -> dict[str, int]:
         """Constants of the kernels that multiply matrices."""
         U = self.N - 2 * self.A
@@ -105,7 +118,9 @@ def _flat(v: Tensor | None) -> Tensor | None:
 
 
 def _parameter(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.float().contiguous()
+    if v is None or (v.dtype is torch.float32 and v.is_contiguous()):
+        return v
+    return v.float().contiguous()
 
 
 def suits_bulk(inp: Inputs, gate: Gate, sizes: Sizes, boundaries: tuple[int, ...]) -> bool:
@@ -158,11 +173,11 @@ def angles(inp: Inputs, sizes: Sizes, table: Tables, chunk: int, phi: Tensor | N
     if A:
         HB, BLOCK = min(8, power_of_2(H)), 32
         tick = (inp.dt if inp.tick is None else inp.tick).contiguous()
-        at(turns_kernel, (chunks, triton.cdiv(H, HB)))(
+        at(turns_kernel, (chunks, cdiv(H, HB)))(
             inp.theta.contiguous(), tick, table.chunks, turn, phase, T,
             H=H, A=A, AP=power_of_2(A), L=chunk, LB=8, HB=HB, EXACT=exact, num_warps=1,
         )  # fmt: skip
-        at(phases_kernel, (sequences, triton.cdiv(H * A, BLOCK)))(
+        at(phases_kernel, (sequences, cdiv(H * A, BLOCK)))(
             phase, phi, table.sequences, phi_out, HA=H * A, CB=64, BLOCK=BLOCK, HAS_PHI=phi is not None, num_warps=4
         )
     return Angles(turn, phase, phi_out)
@@ -173,10 +188,11 @@ def coefficients(inp: Inputs, table: Tables, chunk: int, *, backward: bool = Fal
     T, H = row_stride(inp.x.shape[0] * inp.x.shape[1]), inp.x.shape[2]
     exact = inp.x.dtype == torch.float32
     present = (True, exact, not backward, exact and not backward, backward, True)
-    like = {"device": inp.x.device, "dtype": torch.float32}
-    c = Coefficients(*(torch.empty((H, T) if here else (0,), **like) for here in present))
+    parts = iter(side_by_side(sum(present), (H, T), device=inp.x.device, dtype=torch.float32))
+    absent = torch.empty(0, device=inp.x.device, dtype=torch.float32)
+    c = Coefficients(*(next(parts) if here else absent for here in present))
     HB = min(16, power_of_2(H))
-    at(coefficients_kernel, (table.chunks.shape[0], triton.cdiv(H, HB)))(
+    at(coefficients_kernel, (table.chunks.shape[0], cdiv(H, HB)))(
         inp.dt.contiguous(), inp.A.contiguous(), inp.lam.contiguous(), table.chunks, *c, T,
         H=H, L=chunk, HB=HB, EXACT=exact, BACKWARD=backward, num_warps=4,
     )  # fmt: skip
@@ -207,7 +223,7 @@ def entering_states(
         )  # fmt: skip
     given = State(*(_flat(v) for v in state)) if state is not None else State(S, S, S, S)
     PB = min(16, power_of_2(P))
-    at(merge_kernel, (H, table.sequences.shape[0], triton.cdiv(P, PB)))(
+    at(merge_kernel, (H, table.sequences.shape[0], cdiv(P, PB)))(
         S, total, given.S, given.x_prev, given.B_prev, _parameter(inp.mimo_x), inp.dt.contiguous(),
         inp.lam.contiguous(), table.sequences, table.sequence_segments,
         H=H, R=sizes.R, P=P, PB=PB, N=N, NP=power_of_2(N), HAS_STATE=state is not None,
@@ -222,8 +238,7 @@ def last_token(inp: Inputs, sizes: Sizes, table: Tables, phi: Tensor) -> tuple[T
     B_prev = torch.empty(s, sizes.R, sizes.H, sizes.N, device=phi.device, dtype=inp.x.dtype)
     x_prev = torch.empty(s, sizes.H, sizes.P, device=phi.device, dtype=inp.x.dtype)
     x, x_row = rows(inp.x)
-    constants = sizes.matrix()
-    del constants["RP"]
+    constants = {name: value for name, value in sizes.matrix().items() if name != "RP"}
     at(last_token_kernel, (sizes.H, s))(
         x, inp.B.contiguous(), _parameter(inp.B_bias), phi, table.sequences, B_prev, x_prev, x_row,
         **constants, HAS_BIAS_B=inp.B_bias is not None, num_warps=1,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Launch(NamedTuple):
@@ -49,6 +52,19 @@ def _limits(index: int) -> Device:
 def power_of_2(size: int) -> int:
     """The smallest power of two that holds `size` >= 1. Triton's own is a function of its language, and takes 7 us."""
     return 1 << (size - 1).bit_length()
+
+
+def side_by_side(count: int, shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Sequence[Tensor]:
+    """So many tensors of one shape that come and go together, in one piece of memory where their addresses stay multiples of
+    16 bytes, which kernels are compiled for: an allocation takes the host longer than a view."""
+    if math.prod(shape) * dtype.itemsize % 16:
+        return [torch.empty(shape, device=device, dtype=dtype) for _ in range(count)]
+    return torch.empty((count, *shape), device=device, dtype=dtype).unbind(0)
+
+
+def cdiv(size: int, block: int) -> int:
+    """Blocks that hold `size`; written out for the same reason."""
+    return -(-size // block)
 
 
 def padded(size: int) -> int:
