@@ -28,6 +28,35 @@ def test_what_is_remembered_is_what_triton_would_launch_and_what_is_not_sure_goe
     }  # fmt: skip
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 4])
+def test_remembered_launches_have_the_same_results_to_the_bit(rank, monkeypatch):
+    import torch
+
+    from mamba3 import ops
+    from mamba3.ops.triton import again
+    from tests.ops.cases import Sizes, inputs
+
+    def results(t: int) -> list:
+        torch.manual_seed(t)
+        s = Sizes(b=2, t=t, r=rank, per_group=2, p=64, n=128, a=32)
+        values = {name: v.requires_grad_() for name, v in inputs(s, dtype=torch.bfloat16, device="cuda").items()}
+        y = ops.scan(**values, impl="triton").y
+        return [y, *torch.autograd.grad(y.float().square().sum(), list(values.values()))]
+
+    lengths = (130, 131, 130, 257, 64)
+    expected = [results(t) for t in lengths]
+    monkeypatch.setattr(again, "REMEMBERS", True)
+    for _ in range(2):
+        found = [results(t) for t in lengths]
+        assert all(
+            torch.equal(a, b)
+            for one, other in zip(found, expected, strict=True)
+            for a, b in zip(one, other, strict=True)
+        )
+    assert again._known
+
+
 def report() -> dict:
     """Launches of one small kernel by every kind of argument, twice each and in changing order, as Triton and we do them."""
     import itertools
@@ -40,6 +69,7 @@ def report() -> dict:
     from tests.ops import launches
 
     launches.imagine()
+    again.REMEMBERS = True
     asked, ran = [], []
     kernel: Any = block.add_norm_kernel
     through, record = JITFunction.run, launches._record

@@ -9,11 +9,15 @@ Law: what is launched is what Triton would launch. The facts are those of Triton
 tensor, whether a number is 1 or a multiple of 16, and every constant and option. Whatever is not told by them
 goes the way through Triton: another kind of argument, AMD's devices, hooks, tensors on two devices, a kernel whose cache was
 cleared. A setting of Triton's environment that changes what is compiled counts until a kernel's first launch.
+
+Off unless MAMBA3_REMEMBER_LAUNCHES=1: held to Triton's own path without a device (`tests/ops/test_triton_again.py`), and not
+yet run on one.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +27,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+REMEMBERS = os.environ.get("MAMBA3_REMEMBER_LAUNCHES") == "1"
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # what has an address; a subclass may have none
 BYTES = 16  # an address that is a multiple of them is what kernels are compiled for
 NUMBER = ("number", "multiple of 16")
@@ -43,7 +48,8 @@ _known: dict[tuple, Known] = {}
 
 def launcher(kernel, grid: tuple[int, ...]) -> Callable:
     """kernel[grid]: its arguments in order, its constants and options by name."""
-    return functools.partial(_launch, kernel, grid) if isinstance(kernel, JITFunction) else kernel[grid]  # interpreted
+    # An interpreted kernel is none of Triton's JIT functions.
+    return functools.partial(_launch, kernel, grid) if REMEMBERS and isinstance(kernel, JITFunction) else kernel[grid]
 
 
 def _launch(kernel, grid, *arguments, **constants) -> None:

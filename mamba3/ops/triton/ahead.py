@@ -106,7 +106,7 @@ def compile_side_by_side(inp: Inputs, gate: Gate, state: State | None, *passes: 
 def build_launcher(kernel) -> None:
     """Let the C compiler make what launches a compiled kernel, which its first launch else waits for (half a second each);
     it is found again on disk. One that cannot be made says so at the launch."""
-    launcher = getattr(driver.active, "launcher_cls", None)
-    if launcher is not None:
+    build = getattr(driver.active, "launcher_cls", None)
+    if build is not None:
         with contextlib.suppress(Exception):
-            launcher(kernel.src, kernel.metadata)
+            build(kernel.src, kernel.metadata)
