@@ -61,8 +61,9 @@ def sum_of_heads(
 ):  # fmt: skip
     """Channels of B or of C, from `first` on: to v from token i_t on or, as one block of several, to v_parts from i_part on.
 
-    The heads are summed by products with the identity, which are exact: products read a tile where its copy has put it, without
-    bank conflicts, and what reads it any other way makes the compiler lay it out for that.
+    The heads are summed by products with the identity, exact for finite values (one that is not makes its channel NaN in all
+    tokens of the chunk): products read a tile where its copy has put it, without bank conflicts, and what reads it any other
+    way makes the compiler lay it out for that.
     """
     RANKS: tl.constexpr = RP if RP > 16 else 16
     b_sum = tl.zeros((L * RP, UB), tl.float32)
